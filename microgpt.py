@@ -1,0 +1,957 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""A GPT in one file of pure Python, made to be read from top to bottom.
+
+    python microgpt.py            learn the names in input.txt, then invent new ones
+    python microgpt.py --help     everything else that it can do
+
+A text is cut into tokens, here its characters. A GPT (generative pretrained transformer) is a function from the
+tokens so far to a probability for each token that may come next, and training is the search for the numbers inside
+it that make its guesses good. This file holds all of that and needs nothing but Python. It has three parts, and
+each is a place to stop:
+
+    Part one    the complete algorithm, one number at a time              sections 1 to 8
+    Part two    the same operations a matrix at a time, much faster       section 9
+    Part three  a tool for every day: the command line                    section 17
+
+Given the same input.txt and no flags, it draws the same random numbers and prints the same figures as microgpt by
+Andrej Karpathy, below called the reference.
+"""
+import argparse
+import gc
+import glob
+import math
+import os
+import random
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, chain, count, islice, repeat, takewhile
+from operator import add as plus, mul
+
+
+class UserError(ValueError):
+    """What a person did wrong and can put right. The command line prints it as one line."""
+
+
+# ==========================================================================================================
+# PART ONE: THE COMPLETE ALGORITHM
+# ==========================================================================================================
+
+# 1. Dataset -----------------------------------------------------------------------------------------------
+#
+# A language model learns from documents: here names, but they may be lines of verse or moves of chess. A
+# document is a string, and a text file holds one per line. A stream is a single long document, a book say.
+
+
+def read_documents(paths, stream=False):
+    """The documents in UTF-8 files: one per line that is not blank, stripped; or, as a stream, all text as one."""
+    docs = []
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8-sig") as file:  # -sig: a byte-order mark is no part of the text
+                docs += [file.read()] if stream else filter(None, map(str.strip, file))
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is not UTF-8 text: convert it first") from None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return ["".join(docs)] if stream else docs
+
+
+# 2. Characters --------------------------------------------------------------------------------------------
+#
+# The model computes with numbers, so every different token has one, its id. The tokens are characters, and
+# their ids 0, 1, 2, ... follow their sorted order. One more id, BOS ("beginning of sequence"), marks both ends
+# of a document: from it the model learns how names begin, and when to stop.
+
+
+class CharTokenizer:
+    """A token for each different character of the documents, and BOS as the last id."""
+
+    def __init__(self, docs):
+        self.chars = sorted(set().union(*docs))
+        self.ids = {char: i for i, char in enumerate(self.chars)}
+        self.bos = len(self.chars)
+        self.vocab_size = len(self.chars) + 1
+
+    def encode(self, text):
+        """The ids of a text. Raises a UserError that names a character the documents lacked."""
+        try:
+            return [self.ids[char] for char in text]
+        except KeyError as error:
+            raise UserError(f"no document has the character {error}, so the model cannot know it") from None
+
+    def decode(self, ids):
+        """The text of some ids. BOS stands for none."""
+        return "".join(self.chars[i] for i in ids if i != self.bos)
+
+
+# 3. Autograd on one number --------------------------------------------------------------------------------
+#
+# The loss is one number that says how wrong the model is. Its derivative with respect to some number is called
+# that number's gradient: it tells which way to change the number. Each operation knows its own slopes: c = a * b
+# changes b times as fast as a, and a times as fast as b. By the chain rule slopes multiply along a path from a
+# number to the loss, and the products of all paths add up. So the result of every operation goes on a list, the
+# tape, and backward() reads it from the end: all that was computed from a Value comes later on the tape, so its
+# gradient is complete before it is passed on.
+
+tape = []  # the results of all operations, in the order in which they were computed
+recording = True
+
+
+@contextmanager
+def no_grad():
+    """In this block operations compute, but nothing is recorded."""
+    global recording
+    before, recording = recording, False
+    try:
+        yield
+    finally:
+        recording = before
+
+
+def backward(loss):
+    """Add to the grad of all that the loss came from its derivative with respect to that; empty the tape."""
+    loss.grad = 1.0
+    while tape:
+        tape.pop().backprop()
+
+
+class Value:
+    """A number, data, and its gradient, grad; the Values a and b that it came from, and the slopes da, db."""
+
+    __slots__ = "data", "grad", "a", "da", "b", "db"
+
+    def __init__(self, data, a=None, da=0.0, b=None, db=0.0):
+        self.data = data
+        self.grad = 0.0
+        if a is not None and recording:
+            self.a, self.da, self.b, self.db = a, da, b, db
+            tape.append(self)
+
+    def backprop(self):
+        """One step of the chain rule."""
+        self.a.grad += self.da * self.grad
+        if self.b is not None:
+            self.b.grad += self.db * self.grad
+
+    def __add__(self, other):
+        if isinstance(other, Value):
+            return Value(self.data + other.data, self, 1.0, other, 1.0)
+        return Value(self.data + other, self, 1.0)
+
+    def __sub__(self, other):
+        if isinstance(other, Value):
+            return Value(self.data - other.data, self, 1.0, other, -1.0)
+        return Value(self.data - other, self, 1.0)
+
+    def __mul__(self, other):
+        if isinstance(other, Value):
+            return Value(self.data * other.data, self, other.data, other, self.data)
+        return Value(self.data * other, self, other)
+
+    def __truediv__(self, other):
+        if isinstance(other, Value):
+            return Value(self.data / other.data, self, 1 / other.data, other, -self.data / other.data**2)
+        return Value(self.data / other, self, 1 / other)
+
+    def __rsub__(self, other):
+        return Value(other - self.data, self, -1.0)
+
+    def __rtruediv__(self, other):
+        return Value(other / self.data, self, -other / self.data**2)
+
+    def __pow__(self, k):  # k is a plain number
+        return Value(self.data**k, self, k * self.data ** (k - 1))
+
+    def __neg__(self):
+        return Value(-self.data, self, -1.0)
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def exp(self):
+        e = math.exp(self.data)
+        return Value(e, self, e)
+
+    def log(self):
+        return Value(math.log(self.data), self, 1 / self.data)
+
+    def tanh(self):
+        t = math.tanh(self.data)
+        return Value(t, self, 1 - t * t)
+
+    def relu(self):
+        return Value(max(0.0, self.data), self, float(self.data > 0))
+
+
+# 4. The operations of a GPT, spelled out in Values --------------------------------------------------------
+#
+# A GPT needs no more than these. x is a list of rows, one for each position in the text, and the numbers in a
+# row are its channels: x[position][channel]. All operations but attention treat each row by itself; attention
+# is how the past gets into the present.
+
+
+class Scalar:
+    """The engine that computes with Values: slow, plain, and the definition of what a faster one must do. A
+    class only as a box of functions: they take no self, and section 9 has another box with the same names."""
+
+    def wrap(weights):
+        """Weights as Values, for one step."""
+        return {name: [list(map(Value, row)) for row in rows] for name, rows in weights.items()}
+
+    def grads(w):
+        """The gradients of wrapped weights, as rows of floats."""
+        return {name: [[p.grad for p in row] for row in rows] for name, rows in w.items()}
+
+    def floats(x):
+        """The numbers in x, as rows of floats."""
+        return [[a.data for a in row] for row in x]
+
+    def embed(table, ids):
+        """Each id's row in a table of embeddings: the learned numbers that stand for a token or a position."""
+        return [table[i] for i in ids]
+
+    def add(x, z):
+        return [[a + b for a, b in zip(*rows)] for rows in zip(x, z)]
+
+    def linear(x, w, bias=None):
+        """In each position y = W x + b: every output is a weighted sum of all inputs, plus a number of its own,
+        the bias, if there is one. Weights are w[output][input]."""
+        y = [[sum(map(mul, weights, row)) for weights in w] for row in x]
+        return Scalar.add(y, repeat(bias[0])) if bias else y
+
+    def rmsnorm(x):
+        """Normalization: each row over its root mean square, so that all have one size. 1e-5 is there so as never
+        to divide by 0. (Zhang, Sennrich 2019)"""
+        scales = [(sum(a * a for a in row) / len(row) + 1e-5) ** -0.5 for row in x]
+        return [[a * scale for a in row] for row, scale in zip(x, scales)]
+
+    def layernorm(x, gain, bias):
+        """GPT-2's normalization: the mean taken off, rmsnorm, then for each channel a learned factor, the gain,
+        and a bias. (Ba, Kiros, Hinton 2016)"""
+        means = [sum(row) / len(row) for row in x]
+        rows = Scalar.rmsnorm([[a - mean for a in row] for row, mean in zip(x, means)])
+        return [[a * g + b for a, g, b in zip(row, gain[0], bias[0])] for row in rows]
+
+    def relu(x):
+        """max(0, a). Without a bend like this many linear layers would be no more than one."""
+        return [[a.relu() for a in row] for row in x]
+
+    def gelu(x):
+        """GPT-2's bend, a relu with a soft knee, by its tanh formula. (Hendrycks, Gimpel 2016)"""
+        c = math.sqrt(2 / math.pi)
+        return [[a * ((c * (a + 0.044715 * a * a * a)).tanh() + 1) / 2 for a in row] for row in x]
+
+    def softmax(row):
+        """e^a over the sum of all e^a: probabilities, positive and summing to 1."""
+        top = max(a.data for a in row)  # subtracting it changes no probability, and no e^a can overflow
+        exps = [(a - top).exp() for a in row]
+        total = sum(exps)
+        return [e / total for e in exps]
+
+    def attention(q, k, v, lengths, caches, n_head):
+        """Each position has a query (what it looks for), a key (what it can be found by) and a value (what it
+        hands on). Query times key is a score, over sqrt(size) lest it grow with the size; the softmax of the
+        scores says what share of each value to take. A key joins the cache before its query is asked, and later
+        ones after, so no position sees the future. Each head does this on a slice of the channels of its own.
+        `lengths` says how many rows each document has, and its cache keeps all of its keys and values. (Vaswani et
+        al. 2017)"""
+        size = len(q[0]) // n_head
+        rows, out = zip(q, k, v), []
+        for length, (keys, values) in zip(lengths, caches):
+            for query, key, value in islice(rows, length):
+                keys.append(key)
+                values.append(value)
+                out.append([])
+                for start in range(0, len(query), size):
+                    head = slice(start, start + size)
+                    scores = [sum(map(mul, query[head], key[head])) / size**0.5 for key in keys]
+                    shares = Scalar.softmax(scores)
+                    channels = zip(*[value[head] for value in values])
+                    out[-1] += [sum(map(mul, shares, channel)) for channel in channels]
+        return out
+
+    def cross_entropy(logits, targets):
+        """The loss: -log p of the token that really came next, on average. The logits are the scores of all
+        tokens, and p is their softmax, so -log p = log(sum of all e^a) - a[target]. It is 0 if the model is sure
+        and right, log(vocab_size) if all tokens are the same to it."""
+        tops = [max(a.data for a in row) for row in logits]
+        logs = [sum((a - top).exp() for a in row).log() + top for row, top in zip(logits, tops)]
+        return sum(log - row[target] for log, row, target in zip(logs, logits, targets)) / len(targets)
+
+
+# 5. GPT ---------------------------------------------------------------------------------------------------
+#
+# The numbers that training changes are called weights, or parameters: a dictionary from names to rows of floats.
+# A token and its position have an embedding each, and the sum of both is a row of n_embd channels. Each layer
+# changes it twice, each time by adding to it. (This is the residual connection: x + f(x) has a slope of 1 from x,
+# so gradients reach the first layer undiminished.) Attention adds what it found in other positions, the MLP
+# (multilayer perceptron), two linear layers with a bend between them, works on each position alone. lm_head, the
+# last linear layer, turns each row into logits: a score for each token that may come next.
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a model. Raises a UserError if there is no such model."""
+
+    vocab_size: int
+    n_layer: int = 1
+    n_embd: int = 16
+    n_head: int = 4
+    block_size: int = 16
+    arch: str = "microgpt"
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if name != "arch" and value < 1:
+                raise UserError(f"{name} must be at least 1, not {value}")
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_head {self.n_head} does not divide n_embd {self.n_embd}")
+        if self.arch not in ("microgpt", "gpt2"):
+            raise UserError(f"arch must be microgpt or gpt2, not {self.arch}")
+
+
+def shapes(config):
+    """Name -> (rows, columns) of each weight matrix, in the order in which they are drawn: the embeddings of tokens
+    and positions, lm_head, then of each layer query, key, value, output and the two layers of the MLP. The arch
+    gpt2 has a bias for each linear layer, and a gain and a bias for each norm, as rows."""
+    d, layers = config.n_embd, [f"layer{i}." for i in range(config.n_layer)]
+    out = {"wte": (config.vocab_size, d), "wpe": (config.block_size, d), "lm_head": (config.vocab_size, d)}
+    for layer in layers:
+        out.update({layer + name: (d, d) for name in ("attn_wq", "attn_wk", "attn_wv", "attn_wo")})
+        out.update({layer + "mlp_fc1": (4 * d, d), layer + "mlp_fc2": (d, 4 * d)})
+    if config.arch == "gpt2":
+        biased = {name: rows for name, (rows, _) in out.items() if name not in ("wte", "wpe")}
+        norms = [layer + name for layer in layers for name in ("ln1", "ln2")] + ["ln_f"]
+        biased.update({name: d for name in norms})
+        out.update({name: (1, d) for name in norms})
+        out.update({name + ".bias": (1, width) for name, width in biased.items()})
+    return out
+
+
+def initial_weights(config, rng):
+    """Matrices drawn from a normal distribution of mean 0 and deviation 0.08; gains of 1 and biases of 0."""
+    def row(name, width):
+        if name.endswith(".bias"):
+            return [0.0] * width
+        if name.endswith(("ln1", "ln2", "ln_f")):
+            return [1.0] * width
+        return [rng.gauss(0, 0.08) for _ in range(width)]
+
+    return {name: [row(name, width) for _ in range(rows)] for name, (rows, width) in shapes(config).items()}
+
+
+def new_cache(config):
+    """What a model remembers of one document: for each layer the keys and the values so far."""
+    return [([], []) for _ in range(config.n_layer)]
+
+
+def gpt(engine, config, w, docs, caches):
+    """The logits after each of the next tokens of some documents, x[position][token id], one document after the
+    other; each goes on where its cache ends. Training passes documents whole, with new caches; sampling passes a
+    token at a time; a prompt is just several. So no key or value is computed twice."""
+    def linear(x, name):
+        return engine.linear(x, w[name], w.get(name + ".bias"))
+
+    def norm(x, name):
+        return engine.layernorm(x, w[name], w[name + ".bias"]) if name in w else engine.rmsnorm(x)
+
+    starts, lengths = [len(cache[0][0]) for cache in caches], [len(doc) for doc in docs]
+    positions = [start + i for start, length in zip(starts, lengths) for i in range(length)]
+    x = engine.add(engine.embed(w["wte"], chain(*docs)), engine.embed(w["wpe"], positions))
+    x = engine.rmsnorm(x) if config.arch == "microgpt" else x  # the reference norms here, GPT-2 at the end
+    bend = engine.relu if config.arch == "microgpt" else engine.gelu
+    for i in range(config.n_layer):
+        layer = f"layer{i}."
+        h = norm(x, layer + "ln1")
+        q, k, v = [linear(h, layer + name) for name in ("attn_wq", "attn_wk", "attn_wv")]
+        h = engine.attention(q, k, v, lengths, [cache[i] for cache in caches], config.n_head)
+        x = engine.add(x, linear(h, layer + "attn_wo"))
+        h = bend(linear(norm(x, layer + "ln2"), layer + "mlp_fc1"))
+        x = engine.add(x, linear(h, layer + "mlp_fc2"))
+    return linear(norm(x, "ln_f") if config.arch == "gpt2" else x, "lm_head")
+
+
+# 6. Adam --------------------------------------------------------------------------------------------------
+#
+# The gradient points to where the loss grows, so a step goes the other way; how far, says the learning rate.
+# For each weight Adam (Kingma, Ba 2015) keeps two running means, its moments: m of the gradient and v of its
+# square. The weight moves by rate * m / sqrt(v): by almost all of the rate while the gradient keeps its sign, and
+# hardly at all where it swings to and fro.
+
+
+def zeros(weights):
+    """Rows of zeros in the shape of some weights."""
+    return {name: [[0.0] * len(row) for row in rows] for name, rows in weights.items()}
+
+
+def adam(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8):
+    """Move the weights by one step (the first is step 0), and their moments m and v with them, in place."""
+    new1, new2, sqrt = 1 - beta1, 1 - beta2, math.sqrt
+    # The moments start at 0, and are 1 - beta^t too small. The paper divides both by it; this is the same.
+    short = sqrt(1 - beta2 ** (step + 1))
+    rate, eps = lr * short / (1 - beta1 ** (step + 1)), eps * short
+    for name, rows in weights.items():
+        for w, g, mw, vw in zip(rows, grads[name], m[name], v[name]):
+            for i in range(len(w)):
+                gi = g[i]
+                mw[i] = mi = beta1 * mw[i] + new1 * gi
+                vw[i] = vi = beta2 * vw[i] + new2 * gi * gi
+                w[i] -= rate * mi / (sqrt(vi) + eps)
+
+
+# 7. Training ----------------------------------------------------------------------------------------------
+#
+# Each step takes a few documents and has the model guess every next token in them. The tape, read from the end,
+# gives each weight its gradient, and Adam moves it. That is all of learning, a thousand times over. The learning
+# rate falls in a straight line to 0: bold steps at first, careful ones at last.
+
+
+def document_batches(docs, encode, bos, block_size, batch_size):
+    """A function from a step to its batch: documents step * batch_size and on, wrapping around at the end, each
+    between two BOS and cut at block_size + 1 tokens."""
+    def batch_at(step):
+        picked = [docs[(step * batch_size + i) % len(docs)] for i in range(batch_size)]
+        return [[bos, *encode(doc[:block_size]), bos][: block_size + 1] for doc in picked]
+
+    return batch_at
+
+
+def stream_batches(text, encode, block_size, batch_size, rng):
+    """A function from a step to its batch: windows of block_size + 1 tokens from anywhere in a text."""
+    if len(text) <= block_size:
+        raise UserError(f"a stream of {len(text)} tokens is too short for a context of {block_size}")
+
+    def batch_at(step):
+        starts = [rng.randrange(len(text) - block_size) for _ in range(batch_size)]
+        return [encode(text[start : start + block_size + 1]) for start in starts]
+
+    return batch_at
+
+
+def loss_and_grads(engine, config, weights, batch):
+    """The mean loss over all tokens that a batch predicts, and the gradient of each weight."""
+    w, caches = engine.wrap(weights), [new_cache(config) for _ in batch]
+    logits = gpt(engine, config, w, [tokens[:-1] for tokens in batch], caches)
+    loss = engine.cross_entropy(logits, [token for tokens in batch for token in tokens[1:]])
+    backward(loss)
+    return loss.data, engine.grads(w)
+
+
+def train(engine, config, weights, batch_at, steps, lr=0.01, beta1=0.85, beta2=0.99, eps=1e-8):
+    """Train the weights, in place. After each step yield its number, from 0, and its loss."""
+    m, v = zeros(weights), zeros(weights)
+    for step in range(steps):
+        loss, grads = loss_and_grads(engine, config, weights, batch_at(step))
+        adam(weights, grads, m, v, step, lr * (1 - step / steps), beta1, beta2, eps)
+        yield step, loss
+
+
+# 8. Sampling ----------------------------------------------------------------------------------------------
+#
+# Draw a token by the model's probabilities, append it, and so on until BOS. The logits are first divided by the
+# temperature: below 1 likely tokens become likelier still, and 0 means always the likeliest. Keys and values of
+# the past don't change, so the cache keeps them, and a token costs one position. But positions are learned only up
+# to block_size. When they are used up the window slides: its later half is read anew from position 0, and the
+# rest is forgotten. That makes two positions a token. A prompt that is too long is cut to half a window, too.
+
+
+def sample(engine, config, weights, prompt, max_tokens, temperature=1.0, top_k=0, rng=random):
+    """Yield max_tokens tokens that go on from a prompt of at least one, each drawn from the top_k likeliest and
+    their equals (0: from all) at a temperature (0: the likeliest)."""
+    w, past, new, cache = engine.wrap(weights), [], list(prompt), new_cache(config)
+    for _ in range(max_tokens):
+        past += new
+        if len(cache[0][0]) + len(new) > config.block_size:
+            new, cache = past[-((config.block_size + 1) // 2) :], new_cache(config)
+        with no_grad():
+            logits = engine.floats(gpt(engine, config, w, [new], [cache]))[-1]
+        new = [draw(logits, temperature, top_k, rng)]
+        yield new[0]
+
+
+def draw(logits, temperature, top_k, rng):
+    """A token id, drawn by its logits."""
+    if not all(map(math.isfinite, logits)):
+        raise UserError("the model's numbers have overflowed: train it with a lower --lr")
+    top = max(logits)
+    if temperature == 0:
+        return logits.index(top)
+    least = sorted(logits)[-top_k] if 0 < top_k < len(logits) else -math.inf
+    odds = [math.exp((a - top) / temperature) if a >= least else 0.0 for a in logits]
+    return rng.choices(range(len(odds)), weights=odds)[0]
+
+
+# ==========================================================================================================
+# PART TWO: EFFICIENCY
+# ==========================================================================================================
+
+# 9. The same operations, a matrix at a time ---------------------------------------------------------------
+#
+# Part one makes an object of every multiplication. A Tensor holds a matrix instead, and each operation leaves
+# one rule on the same tape: given g, the gradient of its result, pass on the gradients of its inputs. The comment
+# above each operation derives its rule, and the tests compare each with its version in Values.
+#
+# Nearly all the time goes to matrix products, that is to dot products, and there to the interpreter's loop rather
+# than to arithmetic. So the loop is written out: for vectors of length 3 Python compiles `a0*b0+a1*b1+a2*b2`,
+# once. Long ones go to math.sumprod (from Python 3.12), which loops in C. And behind a relu most numbers are 0, in
+# a trained model six of seven: rows that know where they are not save the rest of the work.
+
+sumprod = getattr(math, "sumprod", lambda a, b: sum(map(mul, a, b)))
+WRITTEN_OUT = 16 if hasattr(math, "sumprod") else 256  # dot products of fewer terms than this
+
+
+@lru_cache(maxsize=None)
+def dots(n):
+    """A function of two lists of vectors of length n: the dot product of each with each."""
+    if n >= WRITTEN_OUT:
+        return lambda rows, columns: [[sumprod(a, b) for b in columns] for a in rows]
+    a, b = [[f"{x}{i}" for i in range(n)] for x in "ab"]
+    source = f"""def product(rows, columns):
+        out = []
+        for {','.join(a)}, in rows:
+            row = []
+            for {','.join(b)}, in columns:
+                row.append({'+'.join(map('{}*{}'.format, a, b))})
+            out.append(row)
+        return out"""
+    exec(source, names := {})
+    return names["product"]
+
+
+def transpose(rows):
+    """Columns as rows."""
+    return list(zip(*rows))
+
+
+class SparseRow(list):
+    """A row that is 0 but at the places in index."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, width, index, values):
+        super().__init__([0.0] * width)
+        self.index = index
+        for i, value in zip(index, values):
+            self[i] = value
+
+
+def is_sparse(rows):
+    """Whether a matrix consists of sparse rows: all do, or none."""
+    return type(rows[0]) is SparseRow
+
+
+def matmul(a, b, transpose_a=False, transpose_b=False, where=None):
+    """The product of two matrices or of their transposes: each row of A times each column of B. Zeros in sparse
+    rows are skipped. If `where` has sparse rows, only the places in their index are computed."""
+    if transpose_a and is_sparse(a):
+        return spread(a, b)
+    if transpose_a and is_sparse(b):
+        return [list(row) for row in zip(*spread(b, a))]
+    a = transpose(a) if transpose_a else a
+    if is_sparse(a):
+        b = transpose(b) if transpose_b else b
+        return [weighted_sum(weights, b) for weights in a]
+    b = b if transpose_b else transpose(b)
+    product = dots(len(a[0]))
+    if not where or not is_sparse(where):
+        return product(a, b)
+    pairs = [(row, mask.index) for row, mask in zip(a, where)]
+    return [SparseRow(len(b), index, product([row], [b[i] for i in index])[0]) for row, index in pairs]
+
+
+def weighted_sum(weights, rows):
+    """The sum of rows, each times its weight in a sparse row of weights: that row times a matrix."""
+    index = weights.index
+    if not index:
+        return [0.0] * len(rows[0])
+    return dots(len(index))([[weights[i] for i in index]], zip(*[rows[i] for i in index]))[0]
+
+
+def spread(a, b):
+    """A^T B for sparse rows in A: each row of B goes to row i of the product, times a[i]."""
+    out = [[0.0] * len(b[0])] * len(a[0])  # one row many times, which is fine: rows are replaced, not changed
+    for weights, row in zip(a, b):
+        for i in weights.index:
+            weight = weights[i]
+            out[i] = [x + weight * y for x, y in zip(out[i], row)]
+    return out
+
+
+def matmuls(a, b, **transposes):
+    """Many products at once: each matrix in a times its partner in b."""
+    return [matmul(x, y, **transposes) for x, y in zip(a, b)]
+
+
+class Tensor:
+    """The engine that computes with matrices. data is rows of floats (of a loss, one float), and grad is its
+    gradient in the same shape, or None as long as there is none."""
+
+    __slots__ = "data", "grad", "rule"
+
+    def __init__(self, data, rule=None):
+        self.data, self.grad = data, None
+        if rule and recording:
+            self.rule = rule
+            tape.append(self)
+
+    def backprop(self):
+        if self.grad is not None:  # None: the loss does not depend on it
+            self.rule(self.grad)
+
+    def receive(self, grad):
+        """Add to the gradient. Rows that were handed over never change: others may hold them too."""
+        self.grad = grad if self.grad is None else [list(map(plus, *rows)) for rows in zip(self.grad, grad)]
+
+    def wrap(weights):
+        """Weights as Tensors, around the rows themselves."""
+        return {name: Tensor(rows) for name, rows in weights.items()}
+
+    def grads(w):
+        """The gradients of wrapped weights, as rows of floats."""
+        return {name: t.grad or [[0.0] * len(row) for row in t.data] for name, t in w.items()}
+
+    def floats(x):
+        """The numbers in x, as rows of floats."""
+        return x.data
+
+    # A row of the table goes wherever its id is: its gradient is the sum of those there.
+    def embed(table, ids):
+        ids = list(ids)
+
+        def rule(g):
+            grad = [[0.0] * len(g[0])] * len(table.data)
+            for i, row in zip(ids, g):
+                grad[i] = list(map(plus, grad[i], row))
+            table.receive(grad)
+
+        return Tensor([table.data[i] for i in ids], rule)
+
+    # y = x + z: both slopes are 1, so both get g.
+    def add(x, z):
+        def rule(g):
+            x.receive(g)
+            z.receive(g)
+
+        return Tensor([list(map(plus, *rows)) for rows in zip(x.data, z.data)], rule)
+
+    # y[t][o] is the sum over i of w[o][i] x[t][i], plus b[o]. So x[t][i] goes into y[t][o] for every o with
+    # slope w[o][i], and dx = g W. w[o][i] goes into it for every t with slope x[t][i], and dW = g^T x. b[o]
+    # goes into it for every t with slope 1, and db is the sum of the rows of g. Where a relu made x sparse it is
+    # flat, and needs no gradient.
+    def linear(x, w, bias=None):
+        y = matmul(x.data, w.data, transpose_b=True)
+        if bias:
+            y = [list(map(plus, row, bias.data[0])) for row in y]
+
+        def rule(g):
+            x.receive(matmul(g, w.data, where=x.data))
+            w.receive(matmul(g, x.data, transpose_a=True))
+            if bias:
+                bias.receive([list(map(sum, zip(*g)))])
+
+        return Tensor(y, rule)
+
+    # y = s x, where s = (x.x / n + eps)^(-1/2) has the slope -s^3 x / n. So dx = s g - s^3 x (g.x) / n, and
+    # as s x = y, that is s (g - y (g.y) / n).
+    def rmsnorm(x):
+        scales = [(sumprod(row, row) / len(row) + 1e-5) ** -0.5 for row in x.data]
+        y = [[a * scale for a in row] for row, scale in zip(x.data, scales)]
+
+        def rule(g):
+            along = [sumprod(a, b) / len(a) for a, b in zip(g, y)]
+            rows = zip(scales, along, g, y)
+            x.receive([[scale * (a - m * b) for a, b in zip(gs, ys)] for scale, m, gs, ys in rows])
+
+        return Tensor(y, rule)
+
+    # Taking the mean off takes it off the gradient, too: each x lowers its whole row by 1/n. After the rmsnorm u,
+    # y = u gain + bias. So du = g gain, and the gain gets the sum of g u over the rows, the bias that of g.
+    def layernorm(x, gain, bias):
+        def center(rows):
+            means = [sum(row) / len(row) for row in rows]
+            return [[a - mean for a in row] for row, mean in zip(rows, means)]
+
+        u = Tensor.rmsnorm(Tensor(center(x.data), lambda g: x.receive(center(g))))
+        y = [[a * b + c for a, b, c in zip(row, *gain.data, *bias.data)] for row in u.data]
+
+        def rule(g):
+            u.receive([list(map(mul, row, gain.data[0])) for row in g])
+            gain.receive([list(map(sumprod, zip(*g), zip(*u.data)))])
+            bias.receive([list(map(sum, zip(*g)))])
+
+        return Tensor(y, rule)
+
+    # The slope of max(0, x) is 1 where it is positive and 0 elsewhere.
+    def relu(x):
+        index = [[i for i, a in enumerate(row) if a > 0] for row in x.data]
+
+        def keep(rows):
+            return [SparseRow(len(row), at, [row[i] for i in at]) for row, at in zip(rows, index)]
+
+        return Tensor(keep(x.data), lambda g: x.receive(keep(g)))
+
+    # y = x (1 + t) / 2 with t = tanh(c (x + k x^3)), which has the slope (1 - t^2) c (1 + 3 k x^2).
+    def gelu(x):
+        c, k = math.sqrt(2 / math.pi), 0.044715
+        ts = [[math.tanh(c * (a + k * a * a * a)) for a in row] for row in x.data]
+
+        def slope(a, t):
+            return (1 + t + a * (1 - t * t) * c * (1 + 3 * k * a * a)) / 2
+
+        def rule(g):
+            x.receive([[b * slope(a, t) for b, a, t in zip(*rows)] for rows in zip(g, x.data, ts)])
+
+        return Tensor([[a * (1 + t) / 2 for a, t in zip(*rows)] for rows in zip(x.data, ts)], rule)
+
+    # For each document and head y = P V, where P is the softmax of S = Q K^T / sqrt(size). As in linear
+    # dV = P^T g, dP = g V^T, and but for sqrt(size) dQ = dS K and dK = dS^T Q. Raising s[i] raises p[i] by p[i], and
+    # making the sum 1 again lowers every p[j] by p[j] p[i], so ds[i] = p[i] (dp[i] - the sum of all p[j] dp[j]).
+    # What a cache held before is a constant.
+    def attention(q, k, v, lengths, caches, n_head):
+        size = len(q.data[0]) // n_head
+        heads = [slice(h * size, (h + 1) * size) for h in range(n_head)]
+        spans = [slice(stop - length, stop) for stop, length in zip(accumulate(lengths), lengths)]
+        for span, (keys, values) in zip(spans, caches):
+            keys += k.data[span]
+            values += v.data[span]
+
+        def split(docs):  # rows of each document -> a matrix for each document and head
+            return [[row[head] for row in rows] for rows in docs for head in heads]
+
+        def join(parts):  # and back: the rows of this call, which are the last of each document
+            docs = [parts[i : i + n_head] for i in range(0, len(parts), n_head)]
+            rows = (zip(*[part[-n:] for part in doc]) for doc, n in zip(docs, lengths))
+            return [[*chain(*row)] for row in chain(*rows)]
+
+        def scaled(rows):
+            return [[a / size**0.5 for a in row] for row in rows]
+
+        def shares(scores, seen):  # softmax over the past alone: no position looks ahead
+            past = scores[:seen]
+            top = max(past)
+            exps = [math.exp(a - top) for a in past]
+            total = sum(exps)
+            return [e / total for e in exps] + [0.0] * (len(scores) - seen)
+
+        qs = split([scaled(q.data[span]) for span in spans])
+        ks, vs = split([keys for keys, _ in caches]), split([values for _, values in caches])
+        scores = matmuls(qs, ks, transpose_b=True)
+        ps = [list(map(shares, rows, count(len(rows[0]) - len(rows) + 1))) for rows in scores]
+
+        def softmax_rule(p, dp):
+            mean = sumprod(p, dp)
+            return [a * (b - mean) for a, b in zip(p, dp)]
+
+        def rule(g):
+            gs = split([g[span] for span in spans])
+            dps = matmuls(gs, vs, transpose_b=True)
+            dss = [list(map(softmax_rule, p, dp)) for p, dp in zip(ps, dps)]
+            q.receive(scaled(join(matmuls(dss, ks))))
+            k.receive(join(matmuls(dss, qs, transpose_a=True)))
+            v.receive(join(matmuls(ps, gs, transpose_a=True)))
+
+        return Tensor(join(matmuls(ps, vs)), rule)
+
+    # log(sum of e^z) has as slopes the softmax p, and -z[target] has -1 there: dz = (p - [target]) / n.
+    def cross_entropy(logits, targets):
+        loss, probs = 0.0, []
+        for row, target in zip(logits.data, targets):
+            top = max(row)
+            exps = [math.exp(a - top) for a in row]
+            total = sum(exps)
+            probs.append([e / total for e in exps])
+            loss += math.log(total) + top - row[target]
+
+        def rule(g):
+            grad = [[g * a / len(targets) for a in row] for row in probs]
+            for row, target in zip(grad, targets):
+                row[target] -= g / len(targets)
+            logits.receive(grad)
+
+        return Tensor(loss / len(targets), rule)
+
+
+# ==========================================================================================================
+# PART THREE: A TOOL FOR EVERY DAY
+# ==========================================================================================================
+
+# 17. The command line -------------------------------------------------------------------------------------
+#
+# Every flag has the reference's value unless it is given. Standard output is the run; standard error gets one
+# line if something is wrong, and the exit status is then 2 for the command line and 1 for everything else.
+
+NAMES = "https://raw.githubusercontent.com/karpathy/makemore/988aa59/names.txt"
+
+
+def find_corpus(patterns):
+    """The files that some globs name, sorted. Without globs: input.txt here, or beside this script, or else
+    the reference's names from the network."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "input.txt")
+    if not patterns:
+        return [next(filter(os.path.exists, ("input.txt", beside)), None) or download(NAMES, "input.txt")]
+    paths = set()
+    for pattern in patterns:
+        found = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
+        files = [path for path in found if not os.path.isdir(path)]
+        if not files:
+            raise UserError(f"{pattern} is a directory: name its files" if found else f"there is no {pattern}")
+        paths.update(map(os.path.normpath, files))
+    return sorted(paths)
+
+
+def download(url, path):
+    """Fetch a file, whole or not at all. Returns its path."""
+    from http.client import HTTPException  # slow to import, and few runs need them
+    from urllib.request import urlopen
+
+    try:
+        with urlopen(url, timeout=5) as response, open(path + ".part", "wb") as file:
+            file.write(response.read())
+        os.replace(path + ".part", path)
+    except (OSError, ValueError, HTTPException) as error:
+        if os.path.exists(path + ".part"):
+            os.remove(path + ".part")
+        advice = f"put a text there, a document per line, or name one with --corpus ({url}: {error})"
+        raise UserError(f"there is no {path}: {advice}") from None
+    return path
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that says in one line what is wrong."""
+
+    def error(self, message):
+        self.exit(2, f"microgpt: error: {message}\n")
+
+
+def number(kind, low, below=math.inf):
+    """An argparse type: numbers n with low <= n < below."""
+    def parse(text):
+        try:
+            if low <= kind(text) < below:
+                return kind(text)
+        except ValueError:
+            pass
+        what = f"a {'whole ' * (kind is int)}number from {low}" + f" to below {below}" * (below < math.inf)
+        raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
+
+    return parse
+
+
+def parse_args(argv):
+    """The flags as a namespace. A wrong command line ends the program, with status 2."""
+    about = "Train a GPT on a text and sample from it. Without flags it does what the reference does."
+    parser = Parser(prog="microgpt", usage="%(prog)s [flags]", description=about, allow_abbrev=False)
+    natural, size, real, share = number(int, 0), number(int, 1), number(float, 0), number(float, 0, 1)
+
+    def flag(names, kind, default, help, **more):
+        *names, metavar = names.split()
+        more.update({"choices": kind} if isinstance(kind, list) else {"type": kind, "metavar": metavar})
+        help += f" ({default})" if default not in (None, "") else ""
+        group.add_argument(*names, default=default, help=help, **more)
+
+    group = parser.add_argument_group("data")
+    flag("--corpus GLOB", str, None, "text files, a document per line; repeatable (input.txt)", action="append")
+    group.add_argument("--stream", action="store_true", help="the corpus is one continuous text, not lines")
+
+    group = parser.add_argument_group("model")
+    flag("--layers N", size, 1, "how many layers")
+    flag("--d-model --n-embd N", size, 16, "width: channels of a position")
+    flag("--heads N", size, 4, "attention heads of a layer")
+    flag("--context --block-size N", size, 16, "how many tokens the model can see")
+    flag("--arch NAME", ["microgpt", "gpt2"], "microgpt", "gpt2: with LayerNorm, biases, GELU")
+
+    group = parser.add_argument_group("training")
+    flag("--steps N", natural, 1000, "training steps in all")
+    flag("--batch-size N", size, 1, "documents a step")
+    flag("--lr X", real, 0.01, "the learning rate at the start")
+    flag("--beta1 X", share, 0.85, "how long Adam remembers gradients")
+    flag("--beta2 X", share, 0.99, "how long it remembers their squares")
+    flag("--eps X", number(float, 1e-20), 1e-8, "keeps Adam from dividing by 0")
+    flag("--seed N", int, 42, "seed of the random generator")
+
+    group = parser.add_argument_group("sampling")
+    flag("--samples N", natural, 20, "how many samples")
+    flag("--temperature X", real, 0.5, "1: by the model's odds, 0: always the likeliest")
+    flag("--top-k N", natural, 0, "draw from the N likeliest tokens, 0: from all")
+    flag("--prompt TEXT", str, "", "what every sample begins with")
+    flag("--max-tokens N", size, None, "at most so many new tokens a sample (the context)")
+
+    group = parser.add_argument_group("engine")
+    flag("--engine NAME", ["scalar", "tensor"], "tensor", "scalar: part one alone, slow and plain")
+
+    args = parser.parse_args(argv)
+    if args.d_model % args.heads:
+        parser.error(f"--heads {args.heads} does not divide --d-model {args.d_model}")
+    return args
+
+
+def run(args):
+    """All that a command line asks for, from the corpus to the last sample."""
+    gc.disable()  # nothing here makes reference cycles, so the collector would find nothing
+    rng = random.Random(args.seed)
+    paths = find_corpus(args.corpus)
+    docs = read_documents(paths, args.stream)
+    if not any(docs):
+        raise UserError(f"there is no text in {', '.join(paths)}")
+    rng.shuffle(docs)
+    print(f"num docs: {len(docs)}")
+    tokenizer = CharTokenizer(docs)
+    print(f"vocab size: {tokenizer.vocab_size}")
+    config = Config(tokenizer.vocab_size, args.layers, args.d_model, args.heads, args.context, args.arch)
+    weights = initial_weights(config, rng)
+    print(f"num params: {sum(len(row) for rows in weights.values() for row in rows)}")
+
+    prompt = tokenizer.encode(args.prompt)
+    if args.stream:
+        batch_at = stream_batches(docs[0], tokenizer.encode, args.context, args.batch_size, rng)
+        prompt = prompt or [tokenizer.ids.get("\n", 0)]
+    else:
+        batch_at = document_batches(docs, tokenizer.encode, tokenizer.bos, args.context, args.batch_size)
+        prompt = [tokenizer.bos, *prompt]
+
+    engine = {"scalar": Scalar, "tensor": Tensor}[args.engine]
+    adam_settings = args.lr, args.beta1, args.beta2, args.eps
+    for step, loss in train(engine, config, weights, batch_at, args.steps, *adam_settings):
+        print(f"step {step + 1:4d} / {args.steps:4d} | loss {loss:.4f}", end="\r")
+        if not math.isfinite(loss):
+            raise UserError(f"the loss of step {step + 1} is {loss}: try a lower --lr")
+
+    print()
+    if args.samples:
+        print(f"--- inference (new, hallucinated {'text' if args.stream else 'names'}) ---")
+    how = args.max_tokens or args.context, args.temperature, args.top_k, rng
+    for i in range(args.samples):
+        ids = takewhile(lambda token: token != tokenizer.bos, sample(engine, config, weights, prompt, *how))
+        print(f"sample {i + 1:2d}: {args.prompt}{tokenizer.decode(ids)}")
+
+
+def main(argv=None):
+    """Run the command line. Returns its exit status."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # None: it was closed before we began
+        stream.reconfigure(errors="backslashreplace")  # a character that a terminal lacks must not end a run
+        setattr(sys, name, stream)
+    try:
+        run(parse_args(argv))
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does: nothing more to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except UserError as error:
+        message = error
+    except OSError as error:
+        message = f"cannot write the output: {error.strerror}"
+    except MemoryError:
+        message = "there is not enough memory for this corpus and model"
+    print(f"microgpt: error: {message}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

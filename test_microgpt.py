@@ -1,0 +1,853 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""The tests and the benchmark of microgpt.
+
+    python test_microgpt.py              run all tests
+    python test_microgpt.py benchmark    print what things cost on this machine
+
+Gradients are held against finite differences, each Tensor operation against its spelling in Values, the
+command line is run as a process. Two things from outside the repository are used if they lie in ../shared: the
+reference's names, for the run that must come out the same, and the yardstick, which costs what the reference costs.
+"""
+import cmath
+import gc
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from operator import mul
+
+import microgpt
+from microgpt import CharTokenizer, Config, Scalar, Tensor, UserError, Value
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SCRIPT = os.path.join(HERE, "microgpt.py")
+NAMES = os.path.join(HERE, "..", "shared", "names.txt")
+YARDSTICK = os.path.join(HERE, "..", "shared", "yardstick", "reference_cost.py")
+needs_names = unittest.skipUnless(os.path.exists(NAMES), "needs the reference's names in ../shared/names.txt")
+
+
+def normal(rng, rows, columns):
+    """A matrix of normally distributed numbers."""
+    return [[rng.gauss(0, 1) for _ in range(columns)] for _ in range(rows)]
+
+
+def flat(rows):
+    """All numbers of a matrix, or of a dictionary of matrices, in one list."""
+    rows = [row for matrix in rows.values() for row in matrix] if isinstance(rows, dict) else rows
+    return [a for row in rows for a in row]
+
+
+class Test(unittest.TestCase):
+    """A TestCase that compares matrices, and leaves no tape behind."""
+
+    def tearDown(self):
+        self.assertEqual(microgpt.tape, [])
+
+    def assertClose(self, got, wanted, tolerance=1e-9):
+        """Every number within a tolerance relative to the largest of them."""
+        got, wanted = flat(got), flat(wanted)
+        self.assertEqual(len(got), len(wanted))
+        scale = max([1e-3, *map(abs, wanted)])
+        for i, (a, b) in enumerate(zip(got, wanted)):
+            self.assertLessEqual(abs(a - b), tolerance * scale, f"number {i}: {a} is not {b}")
+
+
+# 1. Dataset -----------------------------------------------------------------------------------------------
+
+
+class Files(Test):
+    def setUp(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.addCleanup(self.folder.cleanup)
+
+    def file(self, name, content):
+        path = os.path.join(self.folder.name, name)
+        with open(path, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+        return path
+
+
+class TestDataset(Files):
+    def test_documents_are_the_stripped_lines_without_blank_ones(self):
+        path = self.file("a.txt", "anna\n\n  bob \n\t\nclara")
+        self.assertEqual(microgpt.read_documents([path]), ["anna", "bob", "clara"])
+
+    def test_windows_line_ends_and_a_byte_order_mark_are_no_part_of_the_text(self):
+        path = self.file("a.txt", b"\xef\xbb\xbfanna\r\nbob\r\n")
+        self.assertEqual(microgpt.read_documents([path]), ["anna", "bob"])
+        self.assertEqual(microgpt.read_documents([path], stream=True), ["anna\nbob\n"])
+
+    def test_only_line_ends_part_documents(self):
+        path = self.file("a.txt", "a\x0bb\u2028c\x85d\ne")
+        self.assertEqual(microgpt.read_documents([path]), ["a\x0bb\u2028c\x85d", "e"])
+
+    def test_a_stream_joins_the_files_as_they_are(self):
+        paths = [self.file("a.txt", "one\n\ntwo "), self.file("b.txt", " three\n")]
+        self.assertEqual(microgpt.read_documents(paths, stream=True), ["one\n\ntwo  three\n"])
+
+    def test_globs_are_merged_sorted_and_each_file_is_read_once(self):
+        for name in ("b.txt", "a.txt", "c.md", "odd[1].txt"):
+            self.file(name, "x")
+        os.mkdir(os.path.join(self.folder.name, "d.txt"))
+        at = lambda name: os.path.join(self.folder.name, name)
+        self.assertEqual(
+            microgpt.find_corpus([at("*.txt"), at("a.*"), at("odd[1].txt")]),
+            [at("a.txt"), at("b.txt"), at("odd[1].txt")],
+        )
+
+    def test_batches_go_through_the_documents_and_around(self):
+        batch = microgpt.document_batches(["ab", "c", "defg"], list, "|", 3, 2)
+        self.assertEqual(batch(0), [["|", "a", "b", "|"], ["|", "c", "|"]])
+        self.assertEqual(batch(1), [["|", "d", "e", "f"], ["|", "a", "b", "|"]])
+        self.assertEqual(batch(2), [["|", "c", "|"], ["|", "d", "e", "f"]])
+
+    def test_windows_of_a_stream_come_from_all_of_it(self):
+        text = "abcdefgh"
+        batch = microgpt.stream_batches(text, list, 3, 5, random.Random(1))
+        seen = {"".join(window) for step in range(50) for window in batch(step)}
+        self.assertEqual(seen, {text[i : i + 4] for i in range(5)})
+        with self.assertRaises(UserError):
+            microgpt.stream_batches("abc", list, 3, 1, random.Random(1))
+
+    def test_input_txt_holds_names(self):
+        path = os.path.join(HERE, "input.txt")
+        docs = microgpt.read_documents([path])
+        self.assertGreaterEqual(len(docs), 5000)
+        self.assertEqual(len(set(docs)), len(docs))
+        for name in docs:
+            self.assertRegex(name, "^[a-z]{2,15}$")
+        with open(path, "rb") as file:
+            self.assertEqual(file.read(), "".join(name + "\n" for name in docs).encode())
+
+
+# 2. Characters --------------------------------------------------------------------------------------------
+
+
+class TestCharTokenizer(Test):
+    def test_ids_are_the_sorted_characters_then_bos(self):
+        tokenizer = CharTokenizer(["cab", "bad"])
+        self.assertEqual((tokenizer.encode("abcd"), tokenizer.bos, tokenizer.vocab_size), ([0, 1, 2, 3], 4, 5))
+
+    def test_any_text_comes_back(self):
+        for text in ("", "anna", "e\u0301e\u0301", "👩‍👩‍👧 🇫🇷", "שלום עולם", "a\nb\tc \0", "\U0010ffff"):
+            tokenizer = CharTokenizer([text, "x"])
+            self.assertEqual(tokenizer.decode(tokenizer.encode(text)), text)
+
+    def test_bos_has_no_text(self):
+        tokenizer = CharTokenizer(["ab"])
+        self.assertEqual(tokenizer.decode([tokenizer.bos, 0, 1, tokenizer.bos]), "ab")
+
+    def test_an_unknown_character_is_named(self):
+        with self.assertRaisesRegex(UserError, "'é'"):
+            CharTokenizer(["cafe"]).encode("café")
+
+
+# 3. Autograd on one number --------------------------------------------------------------------------------
+
+
+class TestValue(Test):
+    operations = {
+        "a + b": lambda a, b: a + b,
+        "a - b": lambda a, b: a - b,
+        "a * b": lambda a, b: a * b,
+        "a / b": lambda a, b: a / b,
+        "-a": lambda a, b: -a,
+        "a + 2": lambda a, b: a + 2,
+        "2 + a": lambda a, b: 2 + a,
+        "a - 2": lambda a, b: a - 2,
+        "2 - a": lambda a, b: 2 - a,
+        "a * 3": lambda a, b: a * 3,
+        "3 * a": lambda a, b: 3 * a,
+        "a / 3": lambda a, b: a / 3,
+        "3 / a": lambda a, b: 3 / a,
+        "a ** 3": lambda a, b: a**3,
+        "a ** -0.5": lambda a, b: a**-0.5,
+        "exp": lambda a, b: a.exp() if isinstance(a, Value) else cmath.exp(a),
+        "log": lambda a, b: a.log() if isinstance(a, Value) else cmath.log(a),
+        "tanh": lambda a, b: a.tanh() if isinstance(a, Value) else cmath.tanh(a),
+        "relu": lambda a, b: a.relu() if isinstance(a, Value) else (a if a.real > 0 else 0.0),
+        "relu of a negative": lambda a, b: (-a).relu() if isinstance(a, Value) else 0.0,
+        "a with itself": lambda a, b: a * a + a / a - a,
+        "all ways add up": lambda a, b: (a * b + a) * (a - b) / (a * a + 1),
+    }
+
+    def test_every_operator_against_finite_differences(self):
+        rng, h = random.Random(1), 1e-6
+        for name, f in self.operations.items():
+            for _ in range(5):
+                x, y = rng.uniform(0.3, 2), rng.uniform(0.3, 2)
+                a, b = Value(x), Value(y)
+                out = f(a, b)
+                with self.subTest(name, a=x, b=y):
+                    self.assertAlmostEqual(out.data, complex(f(x, y)).real, 12)
+                    microgpt.backward(out)
+                    da = (complex(f(x + h, y)) - complex(f(x - h, y))).real / (2 * h)
+                    db = (complex(f(x, y + h)) - complex(f(x, y - h))).real / (2 * h)
+                    self.assertAlmostEqual(a.grad, da, 6)
+                    self.assertAlmostEqual(b.grad, db, 6)
+
+    def test_a_plain_number_makes_no_node(self):
+        a = Value(2.0)
+        for f in (lambda: a + 1, lambda: 1 - a, lambda: a * 2, lambda: 2 / a, lambda: a**2, lambda: -a):
+            f()
+            self.assertEqual(len(microgpt.tape), 1)
+            microgpt.tape.clear()
+
+    def test_a_graph_of_a_million_operations_deep(self):
+        a = Value(1.0)
+        x = a
+        for _ in range(500_000):
+            x = x * 1.000001 + 0.0
+        microgpt.backward(x)
+        self.assertAlmostEqual(a.grad, 1.000001**500_000, 6)
+
+    def test_without_recording_nothing_is_kept(self):
+        a = Value(3.0)
+        with microgpt.no_grad():
+            out = (a * 2 + 1).exp()
+            with microgpt.no_grad():
+                pass
+            self.assertFalse(microgpt.recording)
+        self.assertTrue(microgpt.recording)
+        self.assertEqual(out.data, math.exp(7))
+        self.assertFalse(hasattr(out, "a"))
+
+    def test_recording_comes_back_after_an_error(self):
+        with self.assertRaises(ZeroDivisionError), microgpt.no_grad():
+            1 / Value(0.0)
+        self.assertTrue(microgpt.recording)
+
+
+# 4 and 9. The operations, in Values and a matrix at a time -------------------------------------------------
+
+
+def evaluate(engine, f, inputs):
+    """Wrap matrices, apply f to them. Returns the wrapped ones, the result, and its numbers as rows."""
+    w = engine.wrap(dict(enumerate(inputs)))
+    out = f(engine, *w.values())
+    is_loss = not isinstance(out, list) and isinstance(out.data, float)
+    return w, out, [[out.data]] if is_loss else engine.floats(out)
+
+
+def loss_weights(rows):
+    """A weight for each number in a result, so that their weighted sum can stand in for a loss."""
+    return normal(random.Random(1), len(rows), len(rows[0]))
+
+
+def gradients(engine, f, inputs):
+    """The numbers of f's result, and the gradients of its inputs by their weighted sum."""
+    w, out, rows = evaluate(engine, f, inputs)
+    weights = loss_weights(rows)
+    if engine is Scalar:
+        values = flat(out) if isinstance(out, list) else [out]
+        microgpt.backward(sum(a * b for a, b in zip(values, flat(weights))))
+    else:
+        grad = weights[0][0] if isinstance(out.data, float) else weights
+        microgpt.backward(Tensor(0.0, lambda g: out.receive(grad)))
+    return rows, list(engine.grads(w).values())
+
+
+def matrix_operations(rng):
+    """Name -> (operation, its inputs) on random shapes."""
+    t, d, e = rng.randint(1, 9), rng.randint(1, 9), rng.randint(1, 9)
+    x, z = normal(rng, t, d), normal(rng, t, d)
+    w, bias, row = normal(rng, e, d), normal(rng, 1, e), normal(rng, 1, d)
+    ids = [rng.randrange(e) for _ in range(t)]
+    targets = [rng.randrange(d) for _ in range(t)]
+    n_head, size = rng.randint(1, 3), rng.randint(1, 4)
+    lengths = [rng.randint(1, 5) for _ in range(rng.randint(1, 3))]
+    qkv = [normal(rng, sum(lengths), n_head * size) for _ in range(3)]
+
+    def attention(engine, q, k, v):
+        return engine.attention(q, k, v, lengths, [([], []) for _ in lengths], n_head)
+
+    def mlp(engine, x, fc1, fc2):
+        return engine.linear(engine.relu(engine.linear(x, fc1)), fc2)
+
+    def relu_twice(engine, x, fc1, fc2):
+        h = engine.relu(engine.linear(x, fc1))
+        return engine.add(engine.linear(h, fc2), engine.rmsnorm(engine.linear(engine.relu(h), fc2)))
+
+    return {
+        "embed": (lambda engine, table: engine.embed(table, ids), [w]),
+        "add": (lambda engine, x, z: engine.add(x, z), [x, z]),
+        "add to itself": (lambda engine, x: engine.add(x, x), [x]),
+        "linear": (lambda engine, x, w: engine.linear(x, w), [x, w]),
+        "linear with bias": (lambda engine, x, w, bias: engine.linear(x, w, bias), [x, w, bias]),
+        "rmsnorm": (lambda engine, x: engine.rmsnorm(x), [x]),
+        "layernorm": (lambda engine, x, gain, bias: engine.layernorm(x, gain, bias), [x, row, normal(rng, 1, d)]),
+        "relu": (lambda engine, x: engine.relu(x), [x]),
+        "gelu": (lambda engine, x: engine.gelu(x), [x]),
+        "attention": (attention, qkv),
+        "cross entropy": (lambda engine, x: engine.cross_entropy(x, targets), [x]),
+        "linear, relu, linear": (mlp, [x, w, normal(rng, 3, e)]),
+        "relu of a relu": (relu_twice, [x, w, normal(rng, 3, e)]),
+        "relu with bias behind": (
+            lambda engine, x, w, b: engine.relu(engine.linear(engine.relu(x), w, b)), [x, w, bias],
+        ),
+    }
+
+
+class TestOperations(Test):
+    def test_every_tensor_operation_against_its_spelling_in_values(self):
+        for seed in range(25):
+            for name, (f, inputs) in matrix_operations(random.Random(seed)).items():
+                with self.subTest(name, seed=seed):
+                    wanted, wanted_grads = gradients(Scalar, f, inputs)
+                    got, grads = gradients(Tensor, f, inputs)
+                    self.assertClose(got, wanted)
+                    for a, b in zip(grads, wanted_grads):
+                        self.assertClose(a, b)
+
+    def test_every_operation_of_both_engines_against_finite_differences(self):
+        for engine in (Scalar, Tensor):
+            for seed in range(3):
+                for name, (f, inputs) in matrix_operations(random.Random(100 + seed)).items():
+                    _, grads = gradients(engine, f, inputs)
+                    rng = random.Random(seed)
+                    for matrix, grad in zip(inputs, grads):
+                        i, j = rng.randrange(len(matrix)), rng.randrange(len(matrix[0]))
+                        with self.subTest(name, engine=engine.__name__, seed=seed, at=(i, j)):
+                            slope = self.slope(engine, f, inputs, matrix[i], j)
+                            self.assertAlmostEqual(grad[i][j], slope, delta=1e-5 * max(1, abs(slope)))
+
+    def slope(self, engine, f, inputs, row, j, h=1e-6):
+        """The derivative of the weighted sum of f's result by one number of its inputs."""
+        sums, before = [], row[j]
+        for row[j] in (before + h, before - h):
+            with microgpt.no_grad():
+                _, _, rows = evaluate(engine, f, inputs)
+            sums.append(sum(map(mul, flat(rows), flat(loss_weights(rows)))))
+        row[j] = before
+        return (sums[0] - sums[1]) / (2 * h)
+
+    def test_matmul_against_its_definition(self):
+        for seed in range(40):
+            rng = random.Random(seed)
+            m, n, k = (rng.choice([1, 2, 3, 7, 16, 17, 40]) for _ in range(3))
+            a, b = normal(rng, m, k), normal(rng, k, n)
+            wanted = [[sum(a[i][x] * b[x][j] for x in range(k)) for j in range(n)] for i in range(m)]
+            at, bt = microgpt.transpose(a), microgpt.transpose(b)
+            with self.subTest(m=m, n=n, k=k):
+                self.assertClose(microgpt.matmul(a, b), wanted)
+                self.assertClose(microgpt.matmul(at, b, transpose_a=True), wanted)
+                self.assertClose(microgpt.matmul(a, bt, transpose_b=True), wanted)
+                self.assertClose(microgpt.matmul(at, bt, True, True), wanted)
+
+    def test_sparse_rows_give_the_products_of_dense_ones(self):
+        def dense(rows):
+            return [list(row) for row in rows]
+
+        for seed in range(40):
+            rng = random.Random(seed)
+            m, n, k = (rng.randint(1, 12) for _ in range(3))
+
+            def sparse(rows, columns):
+                index = [sorted(rng.sample(range(columns), rng.randint(0, columns))) for _ in range(rows)]
+                return [microgpt.SparseRow(columns, at, [rng.gauss(0, 1) for _ in at]) for at in index]
+
+            a, b, g, where = sparse(m, k), normal(rng, k, n), normal(rng, m, n), sparse(m, n)
+            matmul = microgpt.matmul
+            with self.subTest(seed=seed):
+                self.assertClose(matmul(a, b), matmul(dense(a), b))
+                self.assertClose(matmul(a, microgpt.transpose(b), transpose_b=True), matmul(dense(a), b))
+                self.assertClose(matmul(a, g, transpose_a=True), matmul(dense(a), g, transpose_a=True))
+                self.assertClose(matmul(g, a, transpose_a=True), matmul(g, dense(a), transpose_a=True))
+                self.assertClose(matmul(a, where, transpose_a=True), matmul(dense(a), dense(where), transpose_a=True))
+                masked = [[x * bool(y) for x, y in zip(*rows)] for rows in zip(matmul(dense(a), b), where)]
+                self.assertClose(matmul(dense(a), b, where=where), masked)
+
+    def test_a_tensor_used_twice_gets_both_gradients_and_shares_no_rows(self):
+        x = [[1.0, -2.0], [3.0, 4.0]]
+        f = lambda engine, x: engine.add(engine.add(x, x), engine.rmsnorm(x))
+        (_, wanted), (_, got) = gradients(Scalar, f, [x]), gradients(Tensor, f, [x])
+        self.assertClose(got[0], wanted[0])
+
+    def test_cross_entropy_survives_large_logits(self):
+        for engine in (Scalar, Tensor):
+            for logits, loss in (([1e4, -1e4, 0.0], 0.0), ([-1e4, 1e4, 0.0], 2e4), ([1e4, 1e4, 1e4], math.log(3))):
+                w = engine.wrap({"x": [logits]})
+                out = engine.cross_entropy(w["x"], [0])
+                self.assertAlmostEqual(out.data, loss, 9)
+                microgpt.backward(out)
+                self.assertTrue(all(map(math.isfinite, flat(engine.grads(w)))))
+
+    def test_no_position_looks_ahead(self):
+        rng = random.Random(3)
+        q, k, v = (normal(rng, 5, 4) for _ in range(3))
+        for engine in (Scalar, Tensor):
+            before = engine.floats(engine.attention(*engine.wrap({0: q, 1: k, 2: v}).values(), [5], [([], [])], 2))
+            k[3][0] += 1.0
+            v[4][1] -= 1.0
+            after = engine.floats(engine.attention(*engine.wrap({0: q, 1: k, 2: v}).values(), [5], [([], [])], 2))
+            microgpt.tape.clear()
+            self.assertEqual(before[:3], after[:3])
+            self.assertNotEqual(before[3:], after[3:])
+
+
+# 5. GPT ---------------------------------------------------------------------------------------------------
+
+
+def model(arch="microgpt", n_layer=2, n_embd=8, n_head=2, block_size=8, vocab_size=11, seed=5):
+    """A small model with weights that are not symmetric in anything, biases and gains among them."""
+    config = Config(vocab_size, n_layer, n_embd, n_head, block_size, arch)
+    rng = random.Random(seed)
+    weights = microgpt.initial_weights(config, rng)
+    return config, {name: [[a + rng.gauss(0, 0.3) for a in row] for row in rows] for name, rows in weights.items()}
+
+
+def logits(engine, config, weights, *chunks):
+    """The logits of one document that is handed over in chunks."""
+    cache, out = microgpt.new_cache(config), []
+    with microgpt.no_grad():
+        w = engine.wrap(weights)
+        for chunk in chunks:
+            out += engine.floats(microgpt.gpt(engine, config, w, [chunk], [cache]))
+    return out
+
+
+class TestGPT(Test):
+    def test_config_refuses_what_cannot_be(self):
+        for wrong in ({"n_head": 3}, {"n_layer": 0}, {"n_embd": -4}, {"block_size": 0}, {"vocab_size": 0},
+                      {"n_head": 0}, {"arch": "gpt5"}):
+            with self.assertRaises(UserError, msg=wrong):
+                Config(**{"vocab_size": 5, **wrong})
+
+    def test_weights_are_drawn_in_the_order_of_the_reference(self):
+        rng = random.Random(42)
+        drawn = [rng.gauss(0, 0.08) for _ in range(5 * 4 + 3 * 4 + 5 * 4 + 4 * 4)]
+        weights = microgpt.initial_weights(Config(5, 1, 4, 2, 3), random.Random(42))
+        layer = ["layer0." + name for name in "attn_wq attn_wk attn_wv attn_wo mlp_fc1 mlp_fc2".split()]
+        self.assertEqual(list(weights), ["wte", "wpe", "lm_head", *layer])
+        self.assertEqual(flat(weights)[: len(drawn)], drawn)
+        self.assertEqual([len(weights["layer0.mlp_fc1"]), len(weights["layer0.mlp_fc2"])], [16, 4])
+
+    def test_gpt2_has_a_bias_on_every_linear_layer_and_a_gain_and_bias_on_every_norm(self):
+        lean = microgpt.shapes(Config(5, 2, 4, 2, 3))
+        full = microgpt.shapes(Config(5, 2, 4, 2, 3, "gpt2"))
+        self.assertEqual(list(full)[: len(lean)], list(lean))
+        linears = [name for name in lean if name not in ("wte", "wpe")]
+        norms = [f"layer{i}.ln{j}" for i in range(2) for j in (1, 2)] + ["ln_f"]
+        self.assertEqual(set(full) - set(lean), {n + ".bias" for n in linears + norms} | set(norms))
+        for name in linears:
+            self.assertEqual(full[name + ".bias"], (1, full[name][0]))
+
+    def test_the_engines_agree_on_losses_and_on_every_gradient(self):
+        docs = [[1, 2, 3, 4], [5, 6], [7, 1, 1, 2, 9, 10]]
+        for arch in ("microgpt", "gpt2"):
+            config, weights = model(arch)
+            loss, wanted = microgpt.loss_and_grads(Scalar, config, weights, docs)
+            got, grads = microgpt.loss_and_grads(Tensor, config, weights, docs)
+            self.assertAlmostEqual(got, loss, 12)
+            self.assertEqual(list(grads), list(weights))
+            for name in weights:
+                self.assertClose(grads[name], wanted[name])
+
+    def test_the_engines_print_the_same_losses_for_20_steps(self):
+        docs = ["emma", "olivia", "ava", "bo", "charlotte"]
+        tokenizer = CharTokenizer(docs)
+        for arch in ("microgpt", "gpt2"):
+            losses = []
+            for engine in (Scalar, Tensor):
+                config = Config(tokenizer.vocab_size, 2, 8, 2, 8, arch)
+                weights = microgpt.initial_weights(config, random.Random(1))
+                batch = microgpt.document_batches(docs, tokenizer.encode, tokenizer.bos, 8, 3)
+                losses.append([f"{loss:.4f}" for _, loss in microgpt.train(engine, config, weights, batch, 20)])
+            self.assertEqual(*losses)
+
+    def test_gradients_of_the_whole_model_against_finite_differences(self):
+        docs, h, rng = [[1, 2, 3, 4], [5, 6]], 1e-6, random.Random(2)
+        for arch in ("microgpt", "gpt2"):
+            config, weights = model(arch)
+            _, grads = microgpt.loss_and_grads(Tensor, config, weights, docs)
+            for name, rows in weights.items():
+                i, j = rng.randrange(len(rows)), rng.randrange(len(rows[0]))
+                before, losses = rows[i][j], []
+                for rows[i][j] in (before + h, before - h):
+                    losses.append(microgpt.loss_and_grads(Tensor, config, weights, docs)[0])
+                rows[i][j] = before
+                self.assertAlmostEqual(grads[name][i][j], (losses[0] - losses[1]) / (2 * h), 7, (arch, name))
+
+    def test_a_cache_gives_exactly_the_logits_of_one_pass(self):
+        tokens = [1, 2, 3, 4, 5, 6, 7, 8]
+        for engine in (Scalar, Tensor):
+            for arch in ("microgpt", "gpt2"):
+                config, weights = model(arch)
+                whole = logits(engine, config, weights, tokens)
+                self.assertEqual(logits(engine, config, weights, *[[token] for token in tokens]), whole)
+                self.assertEqual(logits(engine, config, weights, tokens[:3], tokens[3:4], tokens[4:]), whole)
+
+    def test_a_batch_gives_the_mean_of_its_documents(self):
+        docs = [[1, 2, 3, 4], [5, 6], [7, 1, 1, 2, 9]]
+        for engine in (Scalar, Tensor):
+            config, weights = model()
+            loss, grads = microgpt.loss_and_grads(engine, config, weights, docs)
+            alone = [(microgpt.loss_and_grads(engine, config, weights, [doc]), len(doc) - 1) for doc in docs]
+            total = sum(n for _, n in alone)
+            self.assertAlmostEqual(loss, sum(one * n for (one, _), n in alone) / total, 12)
+            for name in weights:
+                parts = [[a * n / total for a in flat(g[name])] for (_, g), n in alone]
+                self.assertClose([list(map(sum, zip(*parts)))], [flat(grads[name])], 1e-12)
+
+    def test_a_step_leaves_nothing_on_the_tape_and_sampling_records_nothing(self):
+        config, weights = model()
+        for engine in (Scalar, Tensor):
+            microgpt.loss_and_grads(engine, config, weights, [[1, 2, 3]])
+            self.assertEqual(microgpt.tape, [])
+            for _ in microgpt.sample(engine, config, weights, [1], 3):
+                self.assertEqual(microgpt.tape, [])
+                self.assertTrue(microgpt.recording)
+
+
+# 6 and 7. Adam and training -------------------------------------------------------------------------------
+
+
+class TestTraining(Test):
+    def test_adam_against_the_formulas_of_the_paper(self):
+        rng = random.Random(4)
+        weights = {"w": normal(rng, 2, 3)}
+        m, v = microgpt.zeros(weights), microgpt.zeros(weights)
+        theta, m1, v1 = flat(weights), [0.0] * 6, [0.0] * 6
+        for t in range(1, 4):
+            grads = {"w": normal(rng, 2, 3)}
+            microgpt.adam(weights, grads, m, v, t - 1, 0.1, 0.9, 0.95, 1e-3)
+            for i, g in enumerate(flat(grads)):
+                m1[i] = 0.9 * m1[i] + (1 - 0.9) * g
+                v1[i] = 0.95 * v1[i] + (1 - 0.95) * g**2
+                theta[i] -= 0.1 * (m1[i] / (1 - 0.9**t)) / (math.sqrt(v1[i] / (1 - 0.95**t)) + 1e-3)
+            for got, wanted in ((weights, theta), (m, m1), (v, v1)):
+                self.assertClose(got, [wanted], 1e-14)
+
+    def test_training_lowers_the_loss_in_both_engines(self):
+        docs = ["ab", "abab", "ababab"]
+        tokenizer = CharTokenizer(docs)
+        for engine in (Scalar, Tensor):
+            config = Config(tokenizer.vocab_size, 1, 4, 1, 8)
+            weights = microgpt.initial_weights(config, random.Random(1))
+            batch = microgpt.document_batches(docs, tokenizer.encode, tokenizer.bos, 8, 1)
+            losses = [loss for _, loss in microgpt.train(engine, config, weights, batch, 60, lr=0.05)]
+            self.assertLess(losses[-1], losses[0] / 2)
+
+    def test_the_rate_falls_in_a_line_to_zero(self):
+        rates, adam = [], microgpt.adam
+        config, weights = model()
+        try:
+            microgpt.adam = lambda w, g, m, v, step, lr, *more: rates.append(lr)
+            list(microgpt.train(Tensor, config, weights, lambda step: [[1, 2, 3]], 4, lr=0.2))
+        finally:
+            microgpt.adam = adam
+        for got, wanted in zip(rates, [0.2, 0.15, 0.1, 0.05]):
+            self.assertAlmostEqual(got, wanted, 12)
+
+
+# 8. Sampling ----------------------------------------------------------------------------------------------
+
+
+class TestSampling(Test):
+    def test_temperature_0_takes_the_likeliest(self):
+        self.assertEqual(microgpt.draw([0.0, 3.0, 2.9], 0, 0, None), 1)
+
+    def test_tokens_come_as_often_as_softmax_says(self):
+        rng, z, n = random.Random(6), [0.0, 1.0, -2.0, 0.5], 20000
+        for temperature in (0.5, 1.0, 2.0):
+            exps = [math.exp(a / temperature) for a in z]
+            drawn = [microgpt.draw(z, temperature, 0, rng) for _ in range(n)]
+            for i, e in enumerate(exps):
+                p = e / sum(exps)
+                self.assertLess(abs(drawn.count(i) / n - p), 5 * math.sqrt(p * (1 - p) / n))
+
+    def test_top_k_leaves_the_k_likeliest(self):
+        rng, z = random.Random(6), [0.0, 1.0, -2.0, 0.5]
+        for k, left in ((1, {1}), (2, {1, 3}), (3, {0, 1, 3}), (4, {0, 1, 2, 3}), (9, {0, 1, 2, 3}), (0, {0, 1, 2, 3})):
+            self.assertEqual({microgpt.draw(z, 3.0, k, rng) for _ in range(500)}, left)
+
+    def test_tiny_temperatures_and_huge_logits_do_not_overflow(self):
+        self.assertEqual(microgpt.draw([1e300, -1e300, 0.0], 1e-300, 0, random.Random(1)), 0)
+
+    def test_a_model_without_numbers_is_refused(self):
+        with self.assertRaises(UserError):
+            microgpt.draw([math.nan, 1.0], 1.0, 0, random.Random(1))
+
+    def test_past_the_context_the_window_slides(self):
+        config, weights = model(block_size=6)
+        got = list(microgpt.sample(Tensor, config, weights, [1, 2], 20, temperature=0))
+        tokens, start = [1, 2], 0  # where the window begins
+        for _ in range(20):
+            if len(tokens) - start > 6:
+                start = len(tokens) - 3
+            row = logits(Tensor, config, weights, tokens[start:])[-1]
+            tokens.append(row.index(max(row)))
+        self.assertEqual(got, tokens[2:])
+
+    def test_a_prompt_longer_than_the_context_keeps_its_end(self):
+        config, weights = model(block_size=6)
+        first = lambda prompt: next(microgpt.sample(Tensor, config, weights, prompt, 1, temperature=0))
+        self.assertEqual(first([9, 8, 7, 6, 5, 4, 1, 2, 3]), first([1, 2, 3]))
+
+    def test_a_context_of_one_works(self):
+        config, weights = model(block_size=1)
+        self.assertEqual(len(list(microgpt.sample(Tensor, config, weights, [1, 2], 5))), 5)
+
+
+# 17. The command line -------------------------------------------------------------------------------------
+
+
+class TestCommandLine(Files):
+    def run_script(self, *flags, env=None, script=SCRIPT):
+        """Run microgpt.py as a process in the test's folder; its output as text, carriage returns kept."""
+        done = subprocess.run(
+            [sys.executable, script, *flags],
+            cwd=self.folder.name,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8", **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            timeout=120,
+        )
+        done.stdout = done.stdout.decode().replace(os.linesep, "\n")
+        done.stderr = done.stderr.decode().replace(os.linesep, "\n")
+        return done
+
+    def assertRefused(self, status, pattern, *flags):
+        """The run ends with this status and one line that matches."""
+        done = self.run_script(*flags)
+        self.assertEqual((done.returncode, done.stderr.count("\n")), (status, 1), done.stderr)
+        self.assertRegex(done.stderr, r"^microgpt: error: .*(" + pattern + ")")
+        return done
+
+    def peak_kilobytes(self, *flags):
+        """The most memory that a run of its own held."""
+        code = "import sys, resource, subprocess; subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True); "
+        code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+        command = [sys.executable, "-c", code, sys.executable, SCRIPT, *flags]
+        return int(subprocess.run(command, cwd=self.folder.name, stdout=subprocess.PIPE, check=True).stdout)
+
+    @needs_names
+    def test_the_default_run_prints_what_the_reference_prints(self):
+        with open(NAMES, encoding="utf-8") as file:
+            self.file("input.txt", file.read())
+        done = self.run_script()
+        lines = done.stdout.split("\n")
+        self.assertEqual(lines[:3], ["num docs: 32033", "vocab size: 27", "num params: 4192"])
+        steps = lines[3].split("\r")
+        self.assertEqual((len(steps), steps[-1]), (1001, ""))
+        losses = {1: 3.3660, 2: 3.4243, 3: 3.1778, 998: 2.4764, 999: 2.4730, 1000: 2.6497}
+        for i, loss in losses.items():
+            self.assertEqual(steps[i - 1], f"step {i:4d} / 1000 | loss {loss:.4f}")
+        names = """kamon ann karai jaire vialan karia yeran anna areli kaina konna keylen liole alerin earan lenne
+                   kana lara alela anton""".split()
+        samples = [f"sample {i:2d}: {name}" for i, name in enumerate(names, 1)]
+        self.assertEqual(lines[4:], ["--- inference (new, hallucinated names) ---", *samples, ""])
+        self.assertEqual((done.stderr, done.returncode), ("", 0))
+        if sys.platform == "linux" and sys.implementation.name == "cpython":
+            self.assertLess(self.peak_kilobytes("--steps", "100"), 40_000)
+        golden = os.path.join(os.path.dirname(NAMES), "golden", "default_run.txt")
+        with open(golden, encoding="utf-8") as file:
+            self.assertEqual(done.stdout.replace("\r", "\n").split(), file.read().split())
+
+    def test_the_shipped_names_are_found_from_anywhere(self):
+        done = self.run_script("--steps", "1", "--samples", "1")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertRegex(done.stdout, r"^num docs: \d{4,}\nvocab size: 27\n")
+
+    def test_input_txt_of_the_current_folder_comes_first(self):
+        self.file("input.txt", "aa\nab\n")
+        self.assertIn("num docs: 2\nvocab size: 3\n", self.run_script("--steps", "1", "--samples", "0").stdout)
+
+    def test_the_engines_and_archs_print_the_same(self):
+        self.file("input.txt", "emma\nolivia\nava\n")
+        for arch in ("microgpt", "gpt2"):
+            flags = "--steps 5 --batch-size 2 --layers 2 --d-model 8 --heads 2 --context 5 --top-k 3 --samples 3 --arch"
+            runs = [self.run_script(*flags.split(), arch, "--engine", e).stdout for e in ("scalar", "tensor")]
+            self.assertEqual(*runs)
+
+    def test_both_spellings_of_a_flag(self):
+        a = self.run_script("--steps", "2", "--d-model", "8", "--context", "4", "--samples", "1")
+        b = self.run_script("--steps", "2", "--n-embd", "8", "--block-size", "4", "--samples", "1")
+        self.assertEqual((a.stdout, a.returncode), (b.stdout, 0))
+
+    def test_a_seed_gives_the_same_run_and_another_seed_another(self):
+        runs = [self.run_script("--steps", "2", "--samples", "2", "--seed", seed).stdout for seed in "112"]
+        self.assertEqual(runs[0], runs[1])
+        self.assertNotEqual(runs[1], runs[2])
+
+    def test_a_prompt_begins_each_sample(self):
+        done = self.run_script("--steps", "1", "--samples", "2", "--prompt", "em", "--max-tokens", "3", "--temperature", "0")
+        samples = done.stdout.split("\n")[-3:-1]
+        self.assertRegex(samples[0], "^sample  1: em[a-z]{0,3}$")
+        self.assertEqual(samples[0][11:], samples[1][11:])
+
+    def test_a_stream(self):
+        self.file("book.txt", "one two three\n\nfour five six\n" * 9)
+        flags = "--corpus book.txt --stream --steps 3 --context 8 --samples 1 --max-tokens 40".split()
+        done = self.run_script(*flags)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertIn("--- inference (new, hallucinated text) ---\nsample  1: ", done.stdout)
+        self.assertEqual(self.run_script(*flags).stdout, done.stdout)
+
+    def test_help_names_every_group(self):
+        done = self.run_script("--help")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        for group in ("data:", "model:", "training:", "sampling:", "engine:"):
+            self.assertIn("\n" + group + "\n", done.stdout)
+
+    def test_importing_runs_nothing(self):
+        done = subprocess.run(
+            [sys.executable, "-c", "import microgpt"], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.assertEqual((done.returncode, done.stdout), (0, b""))
+
+    def test_a_corpus_that_cannot_be_learned_from(self):
+        self.file("empty.txt", "")
+        self.file("blank.txt", "\n  \n\r\n\t\n")
+        self.file("latin.txt", b"caf\xe9\n")
+        self.file("short.txt", "ab")
+        self.assertRefused(1, "there is no missing.txt", "--corpus", "missing.txt")
+        self.assertRefused(1, r"there is no nothing-\*.txt", "--corpus", "nothing-*.txt")
+        self.assertRefused(1, "no text in empty.txt", "--corpus", "empty.txt")
+        self.assertRefused(1, "no text in empty.txt", "--corpus", "empty.txt", "--stream")
+        self.assertRefused(1, "no text in blank.txt", "--corpus", "blank.txt")
+        self.assertRefused(1, "latin.txt is not UTF-8", "--corpus", "latin.txt")
+        self.assertRefused(1, "is a directory", "--corpus", self.folder.name)
+        self.assertRefused(1, "too short for a context of 16", "--corpus", "short.txt", "--stream")
+
+    @unittest.skipIf(os.name == "nt" or not hasattr(os, "geteuid") or os.geteuid() == 0, "root may read everything")
+    def test_a_file_that_may_not_be_read(self):
+        os.chmod(self.file("secret.txt", "a"), 0)
+        self.assertRefused(1, "cannot read secret.txt", "--corpus", "secret.txt")
+
+    def test_a_wrong_command_line(self):
+        self.assertRefused(2, "--heads 3 does not divide --d-model 16", "--heads", "3")
+        self.assertRefused(2, "unrecognized arguments: --nonsense", "--nonsense")
+        self.assertRefused(2, "unrecognized arguments: --temp", "--temp", "1")
+        for flag in "--layers --d-model --heads --context --batch-size --max-tokens".split():
+            for value in ("0", "-1", "x", "1.5", ""):
+                self.assertRefused(2, f"{flag}.*whole number from 1", flag + "=" + value)
+        for flag in "--lr --temperature".split():
+            for value in ("-1", "nan", "inf", "x"):
+                self.assertRefused(2, f"{flag}.*number from 0", flag + "=" + value)
+        self.assertRefused(2, "--beta1.*below 1", "--beta1", "1")
+        self.assertRefused(2, "--eps", "--eps", "0")
+        self.assertRefused(2, "--arch.*invalid choice", "--arch", "gpt5")
+
+    def test_a_prompt_with_unknown_characters_is_refused_before_training(self):
+        done = self.assertRefused(1, "the character 'É'", "--prompt", "É")
+        self.assertNotIn("step", done.stdout)
+
+    def test_a_loss_that_is_no_number_ends_the_run(self):
+        self.assertRefused(1, "the loss of step [23] is nan|inf", "--lr", "1e300")
+
+    def test_weights_that_overflow_in_the_last_step_are_noticed(self):
+        self.assertRefused(1, "overflowed", "--lr", "1e308", "--steps", "1")
+
+    def test_a_closed_pipe_ends_it_quietly(self):
+        process = subprocess.Popen(
+            [sys.executable, SCRIPT, "--steps", "100000"], cwd=self.folder.name, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.read(10)
+        process.stdout.close()
+        self.assertEqual((process.stderr.read(), process.wait(30)), (b"", 1))
+        process.stderr.close()
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    def test_a_full_disk_behind_the_output_is_one_line(self):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, SCRIPT, "--steps", "1"], cwd=self.folder.name, stdout=full, stderr=subprocess.PIPE)
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stderr, b"^microgpt: error: cannot write the output: [^\n]*\n$")
+
+    def test_text_that_the_terminal_cannot_show(self):
+        self.file("input.txt", "é😀\n")
+        done = self.run_script("--steps", "1", env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+
+    def test_without_any_text_and_without_a_network_one_line_says_what_to_do(self):
+        with open(SCRIPT, encoding="utf-8") as file:
+            source = file.read().replace(microgpt.NAMES, "http://127.0.0.1:9/names.txt")
+        path = self.file("microgpt.py", source)
+        done = self.run_script(script=path)
+        self.assertEqual((done.returncode, done.stdout, done.stderr.count("\n")), (1, "", 1), done.stderr)
+        self.assertRegex(done.stderr, "^microgpt: error: there is no input.txt.*--corpus")
+        self.assertEqual(os.listdir(self.folder.name), ["microgpt.py"])
+
+    def test_the_names_are_fetched_whole_where_there_are_none(self):
+        names = "".join(f"{a}{b}\n" for a in "abcdefgh" for b in "abcdefgh")
+        source = self.file("served.txt", names)
+        self.assertEqual(microgpt.download("file://" + source, os.path.join(self.folder.name, "input.txt")),
+                         os.path.join(self.folder.name, "input.txt"))
+        self.assertEqual(sorted(os.listdir(self.folder.name)), ["input.txt", "served.txt"])
+        with open(os.path.join(self.folder.name, "input.txt"), encoding="utf-8") as file:
+            self.assertEqual(file.read(), names)
+
+
+# The benchmark --------------------------------------------------------------------------------------------
+
+
+def corpus():
+    """Documents, tokenizer and model of the default run."""
+    rng = random.Random(42)
+    docs = microgpt.read_documents([NAMES if os.path.exists(NAMES) else os.path.join(HERE, "input.txt")])
+    rng.shuffle(docs)
+    tokenizer = CharTokenizer(docs)
+    config = Config(tokenizer.vocab_size)
+    return docs, tokenizer, config, microgpt.initial_weights(config, rng)
+
+
+def ms_a_step(engine, steps):
+    """Milliseconds of an average step of the default run."""
+    docs, tokenizer, config, weights = corpus()
+    batch = microgpt.document_batches(docs, tokenizer.encode, tokenizer.bos, config.block_size, 1)
+    training = microgpt.train(engine, config, weights, batch, 1000)
+    start = time.perf_counter()
+    for _ in range(steps):
+        next(training)
+    return (time.perf_counter() - start) / steps * 1e3
+
+
+def tokens_a_second(engine, tokens):
+    """Tokens sampled a second by the default model."""
+    _, _, config, weights = corpus()
+    start, made = time.perf_counter(), 0
+    while made < tokens:
+        made += sum(1 for _ in microgpt.sample(engine, config, weights, [0], config.block_size))
+    return made / (time.perf_counter() - start)
+
+
+def yardstick(steps):
+    """Milliseconds that the reference takes for an average one of its first steps."""
+    seconds = []
+    for n in (1, steps + 1):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, YARDSTICK, NAMES, str(n), "1000"], stdout=subprocess.DEVNULL, check=True)
+        seconds.append(time.perf_counter() - start)
+    return (seconds[1] - seconds[0]) / steps * 1e3
+
+
+def benchmark():
+    """Print what the default model costs: medians of five rounds, each of which measures everything."""
+    gc.disable()  # as the command line does
+    rounds = {"tensor": [], "scalar": [], "sampling": [], "reference": []}
+    for _ in range(5):
+        rounds["tensor"].append(ms_a_step(Tensor, 300))
+        rounds["scalar"].append(ms_a_step(Scalar, 20))
+        rounds["sampling"].append(tokens_a_second(Tensor, 1000))
+        if os.path.exists(YARDSTICK):
+            rounds["reference"].append(yardstick(20))
+    median = {name: statistics.median(values) for name, values in rounds.items() if values}
+    print(f"{sys.implementation.name} {sys.version.split()[0]}, default model, median of 5")
+    print(f"engine tensor  {median['tensor']:10.2f} ms a step")
+    print(f"engine scalar  {median['scalar']:10.2f} ms a step {median['scalar'] / median['tensor']:10.1f} times tensor")
+    if "reference" in median:
+        reference = median["reference"]
+        ratio = statistics.median(map(lambda a, b: a / b, rounds["reference"], rounds["tensor"]))
+        print(f"the reference  {reference:10.2f} ms a step {ratio:10.1f} times tensor")
+    print(f"sampling       {median['sampling']:10.0f} tokens a second")
+
+
+if __name__ == "__main__":
+    benchmark() if sys.argv[1:] == ["benchmark"] else unittest.main()
