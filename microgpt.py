@@ -11,8 +11,8 @@ it that make its guesses good. This file holds all of that and needs nothing but
 each is a place to stop:
 
     Part one    the complete algorithm, one number at a time              sections 1 to 8
-    Part two    the same operations a matrix at a time, much faster       section 9
-    Part three  a tool for every day: the command line                    section 17
+    Part two    the same, much faster: whole matrices, longer tokens      sections 9 and 10
+    Part three  a tool for every day                                      sections 14 and 17
 
 Given the same input.txt and no flags, it draws the same random numbers and prints the same figures as microgpt by
 Andrej Karpathy, below called the reference.
@@ -24,12 +24,14 @@ import math
 import os
 import random
 import sys
+import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from heapq import heapify, heappop, heappush
 from itertools import accumulate, chain, count, islice, repeat, takewhile
 from operator import add as plus, mul
-
 
 class UserError(ValueError):
     """What a person did wrong and can put right. The command line prints it as one line."""
@@ -43,7 +45,6 @@ class UserError(ValueError):
 #
 # A language model learns from documents: here names, but they may be lines of verse or moves of chess. A
 # document is a string, and a text file holds one per line. A stream is a single long document, a book say.
-
 
 def read_documents(paths, stream=False):
     """The documents in UTF-8 files: one per line that is not blank, stripped; or, as a stream, all text as one."""
@@ -65,15 +66,14 @@ def read_documents(paths, stream=False):
 # their ids 0, 1, 2, ... follow their sorted order. One more id, BOS ("beginning of sequence"), marks both ends
 # of a document: from it the model learns how names begin, and when to stop.
 
-
 class CharTokenizer:
     """A token for each different character of the documents, and BOS as the last id."""
 
     def __init__(self, docs):
-        self.chars = sorted(set().union(*docs))
-        self.ids = {char: i for i, char in enumerate(self.chars)}
-        self.bos = len(self.chars)
-        self.vocab_size = len(self.chars) + 1
+        self.tokens = sorted(set().union(*docs))
+        self.ids = {char: i for i, char in enumerate(self.tokens)}
+        self.bos = len(self.tokens)
+        self.vocab_size = len(self.tokens) + 1
 
     def encode(self, text):
         """The ids of a text. Raises a UserError that names a character the documents lacked."""
@@ -84,7 +84,7 @@ class CharTokenizer:
 
     def decode(self, ids):
         """The text of some ids. BOS stands for none."""
-        return "".join(self.chars[i] for i in ids if i != self.bos)
+        return "".join(self.tokens[i] for i in ids if i != self.bos)
 
 
 # 3. Autograd on one number --------------------------------------------------------------------------------
@@ -99,7 +99,6 @@ class CharTokenizer:
 tape = []  # the results of all operations, in the order in which they were computed
 recording = True
 
-
 @contextmanager
 def no_grad():
     """In this block operations compute, but nothing is recorded."""
@@ -110,13 +109,11 @@ def no_grad():
     finally:
         recording = before
 
-
 def backward(loss):
     """Add to the grad of all that the loss came from its derivative with respect to that; empty the tape."""
     loss.grad = 1.0
     while tape:
         tape.pop().backprop()
-
 
 class Value:
     """A number, data, and its gradient, grad; the Values a and b that it came from, and the slopes da, db."""
@@ -156,34 +153,21 @@ class Value:
             return Value(self.data / other.data, self, 1 / other.data, other, -self.data / other.data**2)
         return Value(self.data / other, self, 1 / other)
 
-    def __rsub__(self, other):
-        return Value(other - self.data, self, -1.0)
-
-    def __rtruediv__(self, other):
-        return Value(other / self.data, self, -other / self.data**2)
-
-    def __pow__(self, k):  # k is a plain number
-        return Value(self.data**k, self, k * self.data ** (k - 1))
-
-    def __neg__(self):
-        return Value(-self.data, self, -1.0)
-
-    __radd__ = __add__
-    __rmul__ = __mul__
+    __radd__, __rmul__ = __add__, __mul__
+    def __rsub__(self, other): return Value(other - self.data, self, -1.0)
+    def __rtruediv__(self, other): return Value(other / self.data, self, -other / self.data**2)
+    def __pow__(self, k): return Value(self.data**k, self, k * self.data ** (k - 1))  # k is a plain number
+    def __neg__(self): return Value(-self.data, self, -1.0)
+    def relu(self): return Value(max(0.0, self.data), self, float(self.data > 0))
+    def log(self): return Value(math.log(self.data), self, 1 / self.data)
 
     def exp(self):
         e = math.exp(self.data)
         return Value(e, self, e)
 
-    def log(self):
-        return Value(math.log(self.data), self, 1 / self.data)
-
     def tanh(self):
         t = math.tanh(self.data)
         return Value(t, self, 1 - t * t)
-
-    def relu(self):
-        return Value(max(0.0, self.data), self, float(self.data > 0))
 
 
 # 4. The operations of a GPT, spelled out in Values --------------------------------------------------------
@@ -191,7 +175,6 @@ class Value:
 # A GPT needs no more than these. x is a list of rows, one for each position in the text, and the numbers in a
 # row are its channels: x[position][channel]. All operations but attention treat each row by itself; attention
 # is how the past gets into the present.
-
 
 class Scalar:
     """The engine that computes with Values: slow, plain, and the definition of what a faster one must do. A
@@ -291,7 +274,6 @@ class Scalar:
 # (multilayer perceptron), two linear layers with a bend between them, works on each position alone. lm_head, the
 # last linear layer, turns each row into logits: a score for each token that may come next.
 
-
 @dataclass(frozen=True)
 class Config:
     """The shape of a model. Raises a UserError if there is no such model."""
@@ -304,14 +286,12 @@ class Config:
     arch: str = "microgpt"
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if name != "arch" and value < 1:
-                raise UserError(f"{name} must be at least 1, not {value}")
+        if min(self.vocab_size, self.n_layer, self.n_embd, self.n_head, self.block_size) < 1:
+            raise UserError(f"all sizes must be at least 1: {self}")
         if self.n_embd % self.n_head:
             raise UserError(f"n_head {self.n_head} does not divide n_embd {self.n_embd}")
         if self.arch not in ("microgpt", "gpt2"):
             raise UserError(f"arch must be microgpt or gpt2, not {self.arch}")
-
 
 def shapes(config):
     """Name -> (rows, columns) of each weight matrix, in the order in which they are drawn: the embeddings of tokens
@@ -323,30 +303,23 @@ def shapes(config):
         out.update({layer + name: (d, d) for name in ("attn_wq", "attn_wk", "attn_wv", "attn_wo")})
         out.update({layer + "mlp_fc1": (4 * d, d), layer + "mlp_fc2": (d, 4 * d)})
     if config.arch == "gpt2":
-        biased = {name: rows for name, (rows, _) in out.items() if name not in ("wte", "wpe")}
+        linear = {name + ".bias": (1, out[name][0]) for name in out if name not in ("wte", "wpe")}
         norms = [layer + name for layer in layers for name in ("ln1", "ln2")] + ["ln_f"]
-        biased.update({name: d for name in norms})
-        out.update({name: (1, d) for name in norms})
-        out.update({name + ".bias": (1, width) for name, width in biased.items()})
+        out.update({name + part: (1, d) for name in norms for part in ("", ".bias")}, **linear)
     return out
-
 
 def initial_weights(config, rng):
     """Matrices drawn from a normal distribution of mean 0 and deviation 0.08; gains of 1 and biases of 0."""
     def row(name, width):
-        if name.endswith(".bias"):
-            return [0.0] * width
-        if name.endswith(("ln1", "ln2", "ln_f")):
-            return [1.0] * width
+        if name.endswith((".bias", "ln1", "ln2", "ln_f")):
+            return [0.0 if name.endswith(".bias") else 1.0] * width
         return [rng.gauss(0, 0.08) for _ in range(width)]
 
     return {name: [row(name, width) for _ in range(rows)] for name, (rows, width) in shapes(config).items()}
 
-
 def new_cache(config):
     """What a model remembers of one document: for each layer the keys and the values so far."""
     return [([], []) for _ in range(config.n_layer)]
-
 
 def gpt(engine, config, w, docs, caches):
     """The logits after each of the next tokens of some documents, x[position][token id], one document after the
@@ -381,25 +354,26 @@ def gpt(engine, config, w, docs, caches):
 # square. The weight moves by rate * m / sqrt(v): by almost all of the rate while the gradient keeps its sign, and
 # hardly at all where it swings to and fro.
 
-
 def zeros(weights):
     """Rows of zeros in the shape of some weights."""
     return {name: [[0.0] * len(row) for row in rows] for name, rows in weights.items()}
 
+def rows_of(*dictionaries):
+    """The rows that belong together in dictionaries of the same shape: of weights, gradients, moments."""
+    return chain.from_iterable(zip(*(each[name] for each in dictionaries)) for name in dictionaries[0])
 
-def adam(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8):
+def adam(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8, **_):
     """Move the weights by one step (the first is step 0), and their moments m and v with them, in place."""
     new1, new2, sqrt = 1 - beta1, 1 - beta2, math.sqrt
     # The moments start at 0, and are 1 - beta^t too small. The paper divides both by it; this is the same.
     short = sqrt(1 - beta2 ** (step + 1))
     rate, eps = lr * short / (1 - beta1 ** (step + 1)), eps * short
-    for name, rows in weights.items():
-        for w, g, mw, vw in zip(rows, grads[name], m[name], v[name]):
-            for i in range(len(w)):
-                gi = g[i]
-                mw[i] = mi = beta1 * mw[i] + new1 * gi
-                vw[i] = vi = beta2 * vw[i] + new2 * gi * gi
-                w[i] -= rate * mi / (sqrt(vi) + eps)
+    for w, g, mw, vw in rows_of(weights, grads, m, v):
+        for i in range(len(w)):
+            gi = g[i]
+            mw[i] = mi = beta1 * mw[i] + new1 * gi
+            vw[i] = vi = beta2 * vw[i] + new2 * gi * gi
+            w[i] -= rate * mi / (sqrt(vi) + eps)
 
 
 # 7. Training ----------------------------------------------------------------------------------------------
@@ -407,7 +381,6 @@ def adam(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8):
 # Each step takes a few documents and has the model guess every next token in them. The tape, read from the end,
 # gives each weight its gradient, and Adam moves it. That is all of learning, a thousand times over. The learning
 # rate falls in a straight line to 0: bold steps at first, careful ones at last.
-
 
 def document_batches(docs, encode, bos, block_size, batch_size):
     """A function from a step to its batch: documents step * batch_size and on, wrapping around at the end, each
@@ -417,7 +390,6 @@ def document_batches(docs, encode, bos, block_size, batch_size):
         return [[bos, *encode(doc[:block_size]), bos][: block_size + 1] for doc in picked]
 
     return batch_at
-
 
 def stream_batches(text, encode, block_size, batch_size, rng):
     """A function from a step to its batch: windows of block_size + 1 tokens from anywhere in a text."""
@@ -430,23 +402,31 @@ def stream_batches(text, encode, block_size, batch_size, rng):
 
     return batch_at
 
+def batch_loss(engine, config, w, batch):
+    """The mean loss over all tokens that a batch predicts: in each of its token lists all but the first."""
+    caches = [new_cache(config) for _ in batch]
+    logits = gpt(engine, config, w, [tokens[:-1] for tokens in batch], caches)
+    return engine.cross_entropy(logits, [token for tokens in batch for token in tokens[1:]])
 
 def loss_and_grads(engine, config, weights, batch):
-    """The mean loss over all tokens that a batch predicts, and the gradient of each weight."""
-    w, caches = engine.wrap(weights), [new_cache(config) for _ in batch]
-    logits = gpt(engine, config, w, [tokens[:-1] for tokens in batch], caches)
-    loss = engine.cross_entropy(logits, [token for tokens in batch for token in tokens[1:]])
+    """The mean loss of a batch, and the gradient of each weight."""
+    w = engine.wrap(weights)
+    loss = batch_loss(engine, config, w, batch)
     backward(loss)
     return loss.data, engine.grads(w)
 
+def linear_decay(done):
+    """The share of the learning rate that is left when this share of the run is done."""
+    return 1 - done
 
-def train(engine, config, weights, batch_at, steps, lr=0.01, beta1=0.85, beta2=0.99, eps=1e-8):
-    """Train the weights, in place. After each step yield its number, from 0, and its loss."""
-    m, v = zeros(weights), zeros(weights)
-    for step in range(steps):
-        loss, grads = loss_and_grads(engine, config, weights, batch_at(step))
-        adam(weights, grads, m, v, step, lr * (1 - step / steps), beta1, beta2, eps)
-        yield step, loss
+def train(engine, config, weights, m, v, batch_at, steps, rate_at, optimizer=adam, first=0, **settings):
+    """Train the weights and their moments m and v, in place, from step `first` to `steps`. batch_at and rate_at
+    give each step its batch and its learning rate. After each step yield its number, from 0, loss and batch."""
+    for step in range(first, steps):
+        batch = batch_at(step)
+        loss, grads = loss_and_grads(engine, config, weights, batch)
+        optimizer(weights, grads, m, v, step, rate_at(step), **settings)
+        yield step, loss, batch
 
 
 # 8. Sampling ----------------------------------------------------------------------------------------------
@@ -456,7 +436,6 @@ def train(engine, config, weights, batch_at, steps, lr=0.01, beta1=0.85, beta2=0
 # the past don't change, so the cache keeps them, and a token costs one position. But positions are learned only up
 # to block_size. When they are used up the window slides: its later half is read anew from position 0, and the
 # rest is forgotten. That makes two positions a token. A prompt that is too long is cut to half a window, too.
-
 
 def sample(engine, config, weights, prompt, max_tokens, temperature=1.0, top_k=0, rng=random):
     """Yield max_tokens tokens that go on from a prompt of at least one, each drawn from the top_k likeliest and
@@ -470,7 +449,6 @@ def sample(engine, config, weights, prompt, max_tokens, temperature=1.0, top_k=0
             logits = engine.floats(gpt(engine, config, w, [new], [cache]))[-1]
         new = [draw(logits, temperature, top_k, rng)]
         yield new[0]
-
 
 def draw(logits, temperature, top_k, rng):
     """A token id, drawn by its logits."""
@@ -502,7 +480,6 @@ def draw(logits, temperature, top_k, rng):
 sumprod = getattr(math, "sumprod", lambda a, b: sum(map(mul, a, b)))
 WRITTEN_OUT = 16 if hasattr(math, "sumprod") else 256  # dot products of fewer terms than this
 
-
 @lru_cache(maxsize=None)
 def dots(n):
     """A function of two lists of vectors of length n: the dot product of each with each."""
@@ -520,11 +497,9 @@ def dots(n):
     exec(source, names := {})
     return names["product"]
 
-
 def transpose(rows):
     """Columns as rows."""
     return list(zip(*rows))
-
 
 class SparseRow(list):
     """A row that is 0 but at the places in index."""
@@ -537,11 +512,9 @@ class SparseRow(list):
         for i, value in zip(index, values):
             self[i] = value
 
-
 def is_sparse(rows):
     """Whether a matrix consists of sparse rows: all do, or none."""
     return type(rows[0]) is SparseRow
-
 
 def matmul(a, b, transpose_a=False, transpose_b=False, where=None):
     """The product of two matrices or of their transposes: each row of A times each column of B. Zeros in sparse
@@ -561,14 +534,12 @@ def matmul(a, b, transpose_a=False, transpose_b=False, where=None):
     pairs = [(row, mask.index) for row, mask in zip(a, where)]
     return [SparseRow(len(b), index, product([row], [b[i] for i in index])[0]) for row, index in pairs]
 
-
 def weighted_sum(weights, rows):
     """The sum of rows, each times its weight in a sparse row of weights: that row times a matrix."""
     index = weights.index
     if not index:
         return [0.0] * len(rows[0])
     return dots(len(index))([[weights[i] for i in index]], zip(*[rows[i] for i in index]))[0]
-
 
 def spread(a, b):
     """A^T B for sparse rows in A: each row of B goes to row i of the product, times a[i]."""
@@ -579,11 +550,9 @@ def spread(a, b):
             out[i] = [x + weight * y for x, y in zip(out[i], row)]
     return out
 
-
 def matmuls(a, b, **transposes):
     """Many products at once: each matrix in a times its partner in b."""
     return [matmul(x, y, **transposes) for x, y in zip(a, b)]
-
 
 class Tensor:
     """The engine that computes with matrices. data is rows of floats (of a loss, one float), and grad is its
@@ -774,9 +743,128 @@ class Tensor:
         return Tensor(loss / len(targets), rule)
 
 
+# 10. Subwords ---------------------------------------------------------------------------------------------
+#
+# Characters are many and say little. Byte-pair encoding (Gage 1994; Sennrich et al. 2016) finds better tokens: the
+# pair of neighbors that occurs most often becomes a token of its own, again and again, until "the" is one, and, as
+# nothing is split at spaces, " of the " is another. Here a text in tokens is a string of chr(id), so that Python's
+# own split finds every place of a pair at once. Only the counts of the neighbors of those places change: counting
+# all pairs anew for each merge takes about a hundred times as long.
+
+BETWEEN = chr(0x10FFFF)  # parts documents: no pair reaches across
+
+def learn_merges(docs, n, new):
+    """Learn up to n merges, (left id, right id), from documents that are strings of chr(id); new is the first id
+    that is free. Ties go to the smaller pair, and it ends when no pair occurs twice. Returns the merges, and the
+    documents in the new tokens."""
+    text, merges = BETWEEN.join(docs), []
+    counts = Counter(map(plus, text, text[1:]))
+    counts = {pair: count for pair, count in counts.items() if BETWEEN not in pair}
+    heap = [(-count, pair) for pair, count in counts.items() if count > 1]
+    heapify(heap)
+    while heap and len(merges) < n:
+        count, pair = heappop(heap)
+        if -count != counts[pair]:  # it has become rarer since it went on the heap
+            if counts[pair] > 1:
+                heappush(heap, (-counts[pair], pair))
+            continue
+        left, right, merged = *pair, chr(new + len(merges))
+        merges.append((ord(left), ord(right)))
+        pieces = text.split(pair)
+        text = merged.join(pieces)
+        inside = pieces[1:-1].count("")  # two places of the pair, side by side
+        changes = Counter({merged + merged: inside})
+        changes[right + left] -= inside
+        for char, times in Counter(piece[-1] for piece in pieces[:-1] if piece).items():
+            changes[char + left] -= times
+            changes[char + merged] += times
+        for char, times in Counter(piece[0] for piece in pieces[1:] if piece).items():
+            changes[right + char] -= times
+            changes[merged + char] += times
+        for other, change in changes.items():
+            if BETWEEN not in other:
+                counts[other] = counts.get(other, 0) + change
+                if change > 1:
+                    heappush(heap, (-change, other))
+        counts[pair] = 0
+    return merges, text.split(BETWEEN)
+
+class BPETokenizer(CharTokenizer):
+    """Characters, then a token for each merge, and BOS as the last id."""
+
+    def __init__(self, docs, merges):
+        super().__init__(docs)
+        self.merges = merges
+        for left, right in merges:
+            self.tokens.append(self.tokens[left] + self.tokens[right])
+        self.bos, self.vocab_size = len(self.tokens), len(self.tokens) + 1
+
+    def encode(self, text):
+        """The ids of a text: the merges, made in the order in which they were learned."""
+        text = "".join(map(chr, super().encode(text)))
+        for new, (left, right) in enumerate(self.merges, len(self.ids)):
+            text = text.replace(chr(left) + chr(right), chr(new))
+        return list(map(ord, text))
+
+
 # ==========================================================================================================
 # PART THREE: A TOOL FOR EVERY DAY
 # ==========================================================================================================
+
+# 14. Optimizers in historical order -----------------------------------------------------------------------
+#
+# Each adds one idea to the one before. Gradient descent takes a step down the slope. Momentum goes on in the
+# direction in which it has been going. RMSprop divides by the size that gradients have had lately, weight by
+# weight. Adam (section 6) does both. AdamW also pulls each weight towards 0, apart from the gradient. They all have
+# the same parameters and take what they need of them.
+
+def sgd(weights, grads, m, v, step, lr, **_):
+    """Stochastic gradient descent (Robbins, Monro 1951)."""
+    for w, g in rows_of(weights, grads):
+        for i in range(len(w)):
+            w[i] -= lr * g[i]
+
+def momentum(weights, grads, m, v, step, lr, beta1=0.85, **_):
+    """The heavy ball (Polyak 1964)."""
+    for w, g, mw in rows_of(weights, grads, m):
+        for i in range(len(w)):
+            mw[i] = beta1 * mw[i] + g[i]
+            w[i] -= lr * mw[i]
+
+def rmsprop(weights, grads, m, v, step, lr, beta2=0.99, eps=1e-8, **_):
+    """A running mean of squares (Tieleman, Hinton 2012)."""
+    for w, g, vw in rows_of(weights, grads, v):
+        for i in range(len(w)):
+            vw[i] = beta2 * vw[i] + (1 - beta2) * g[i] * g[i]
+            w[i] -= lr * g[i] / (math.sqrt(vw[i]) + eps)
+
+def adamw(weights, grads, m, v, step, lr, weight_decay=0.01, **settings):
+    """Adam with decoupled weight decay (Loshchilov, Hutter 2019)."""
+    for (w,) in rows_of(weights):
+        for i in range(len(w)):
+            w[i] -= lr * weight_decay * w[i]
+    adam(weights, grads, m, v, step, lr, **settings)
+
+OPTIMIZERS = {"sgd": sgd, "momentum": momentum, "rmsprop": rmsprop, "adam": adam, "adamw": adamw}
+
+def clipped(optimizer, limit):
+    """An optimizer that first scales all gradients down, if the norm of them together is above the limit."""
+    def update(weights, grads, *args, **settings):
+        norm = math.sqrt(sum(sumprod(row, row) for (row,) in rows_of(grads)))
+        if norm > limit:
+            grads = {name: [[g * (limit / norm) for g in row] for row in rows] for name, rows in grads.items()}
+        optimizer(weights, grads, *args, **settings)
+
+    return update
+
+# The rate may also fall along half a cosine (Loshchilov, Hutter 2017), or not at all. Warmup lets it rise in a
+# straight line first, while the moments are still guesses.
+SCHEDULES = {"linear": linear_decay, "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2, "constant": lambda _: 1}
+
+def learning_rate(step, steps, lr, warmup, decay):
+    """The learning rate of a step of a run: up over the warmup steps, down over the rest."""
+    return lr * (step + 1) / warmup if step < warmup else lr * decay((step - warmup) / (steps - warmup))
+
 
 # 17. The command line -------------------------------------------------------------------------------------
 #
@@ -785,46 +873,35 @@ class Tensor:
 
 NAMES = "https://raw.githubusercontent.com/karpathy/makemore/988aa59/names.txt"
 
-
 def find_corpus(patterns):
-    """The files that some globs name, sorted. Without globs: input.txt here, or beside this script, or else
-    the reference's names from the network."""
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "input.txt")
+    """The files that some globs match, sorted. Without globs: input.txt here, or beside this script, or else the
+    reference's names from the network."""
     if not patterns:
+        beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "input.txt")
         return [next(filter(os.path.exists, ("input.txt", beside)), None) or download(NAMES, "input.txt")]
-    paths = set()
-    for pattern in patterns:
-        found = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
-        files = [path for path in found if not os.path.isdir(path)]
-        if not files:
-            raise UserError(f"{pattern} is a directory: name its files" if found else f"there is no {pattern}")
-        paths.update(map(os.path.normpath, files))
-    return sorted(paths)
-
+    matches = [[each] if os.path.exists(each) else glob.glob(each, recursive=True) or [each] for each in patterns]
+    return sorted({os.path.normpath(path) for found in matches for path in found})
 
 def download(url, path):
     """Fetch a file, whole or not at all. Returns its path."""
-    from http.client import HTTPException  # slow to import, and few runs need them
-    from urllib.request import urlopen
+    from urllib.request import urlopen  # slow to import, and few runs need it
 
     try:
-        with urlopen(url, timeout=5) as response, open(path + ".part", "wb") as file:
-            file.write(response.read())
+        with urlopen(url, timeout=5) as response:
+            content = response.read()
+        with open(path + ".part", "wb") as file:
+            file.write(content)
         os.replace(path + ".part", path)
-    except (OSError, ValueError, HTTPException) as error:
-        if os.path.exists(path + ".part"):
-            os.remove(path + ".part")
+    except Exception as error:  # so much can go wrong on a network
         advice = f"put a text there, a document per line, or name one with --corpus ({url}: {error})"
         raise UserError(f"there is no {path}: {advice}") from None
     return path
-
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that says in one line what is wrong."""
 
     def error(self, message):
         self.exit(2, f"microgpt: error: {message}\n")
-
 
 def number(kind, low, below=math.inf):
     """An argparse type: numbers n with low <= n < below."""
@@ -838,7 +915,6 @@ def number(kind, low, below=math.inf):
         raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
 
     return parse
-
 
 def parse_args(argv):
     """The flags as a namespace. A wrong command line ends the program, with status 2."""
@@ -855,6 +931,7 @@ def parse_args(argv):
     group = parser.add_argument_group("data")
     flag("--corpus GLOB", str, None, "text files, a document per line; repeatable (input.txt)", action="append")
     group.add_argument("--stream", action="store_true", help="the corpus is one continuous text, not lines")
+    flag("--vocab-size N", number(int, 0, 1_000_000), 0, "byte-pair merges to learn, 0: characters alone")
 
     group = parser.add_argument_group("model")
     flag("--layers N", size, 1, "how many layers")
@@ -866,11 +943,25 @@ def parse_args(argv):
     group = parser.add_argument_group("training")
     flag("--steps N", natural, 1000, "training steps in all")
     flag("--batch-size N", size, 1, "documents a step")
-    flag("--lr X", real, 0.01, "the learning rate at the start")
-    flag("--beta1 X", share, 0.85, "how long Adam remembers gradients")
+    flag("--optimizer NAME", list(OPTIMIZERS), "adam", "what moves the weights")
+    flag("--lr X", real, 0.01, "the learning rate at its highest")
+    flag("--beta1 X", share, 0.85, "how long it remembers gradients")
     flag("--beta2 X", share, 0.99, "how long it remembers their squares")
-    flag("--eps X", number(float, 1e-20), 1e-8, "keeps Adam from dividing by 0")
+    flag("--eps X", number(float, 1e-20), 1e-8, "keeps it from dividing by 0")
+    flag("--weight-decay X", real, None, "how hard adamw pulls weights to 0 (0.01)")
+    flag("--schedule NAME", list(SCHEDULES), "linear", "how the learning rate falls")
+    group.add_argument("--cosine", dest="schedule", action="store_const", const="cosine", help="--schedule cosine")
+    flag("--warmup-steps N", natural, 0, "steps in which it rises first")
+    flag("--clip-grad X", number(float, 1e-20), None, "the largest norm that all gradients together may have")
+    group.add_argument("--no-clip-grad", dest="clip_grad", action="store_const", const=None, help="no such limit")
     flag("--seed N", int, 42, "seed of the random generator")
+
+    group = parser.add_argument_group("watching")
+    flag("--val-fraction X", share, 0.0, "share of the corpus to hold out for validation")
+    flag("--eval-every N", size, 100, "validate every N steps")
+    flag("--div-warn PCT", real, None, "warn if the validation loss is so much above training (20)")
+    flag("--div-crit PCT", real, None, "stop if it is so much above training")
+    flag("--gen-every N", size, None, "show a sample every N steps")
 
     group = parser.add_argument_group("sampling")
     flag("--samples N", natural, 20, "how many samples")
@@ -885,48 +976,139 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if args.d_model % args.heads:
         parser.error(f"--heads {args.heads} does not divide --d-model {args.d_model}")
+    if args.warmup_steps > args.steps:
+        parser.error(f"--warmup-steps {args.warmup_steps} is longer than the run, --steps {args.steps}")
+    if args.weight_decay is not None and args.optimizer != "adamw":
+        parser.error(f"--weight-decay is for --optimizer adamw, not {args.optimizer}")
+    if (args.div_warn, args.div_crit) != (None, None):
+        args.val_fraction = args.val_fraction or 0.1
     return args
 
-
-def run(args):
-    """All that a command line asks for, from the corpus to the last sample."""
-    gc.disable()  # nothing here makes reference cycles, so the collector would find nothing
-    rng = random.Random(args.seed)
+def load_corpus(args, rng):
+    """The documents to train on, shuffled, and those that are held out; a stream is one document, its end held
+    out."""
     paths = find_corpus(args.corpus)
     docs = read_documents(paths, args.stream)
     if not any(docs):
         raise UserError(f"there is no text in {', '.join(paths)}")
     rng.shuffle(docs)
+    if not args.val_fraction:
+        return docs, []
+    whole = docs[0] if args.stream else docs
+    cut = len(whole) - max(1, round(len(whole) * args.val_fraction))
+    if cut < 1:
+        raise UserError("the corpus is too small to hold a part of it out")
+    return ([whole[:cut]], [whole[cut:]]) if args.stream else (whole[:cut], whole[cut:])
+
+def tokenize(args, docs, held_out):
+    """A tokenizer, the training documents in a form to take slices of, and what makes ids of such a slice."""
+    tokenizer = CharTokenizer(docs + held_out)
+    if not args.vocab_size:
+        return tokenizer, docs, tokenizer.encode
+    docs = ["".join(map(chr, tokenizer.encode(doc))) for doc in docs]
+    merges, docs = learn_merges(docs, args.vocab_size, len(tokenizer.tokens))
+    if len(merges) < args.vocab_size:
+        print(f"microgpt: note: after {len(merges)} merges no pair of tokens occurs twice", file=sys.stderr)
+    return BPETokenizer(tokenizer.tokens, merges), docs, lambda text: list(map(ord, text))
+
+# A model can learn its documents by heart and be no better at any other. Validation tells: the loss on documents
+# that were held out of training. When it is far above the training loss, both averaged over the same steps, the
+# model has begun to memorize.
+
+def validator(engine, config, weights, tokenizer, held_out, stream):
+    """A function that gives the mean loss over what was held out, or, of a lot, over 128 parts spread over it."""
+    def spread_out(parts):
+        return parts[:: -(-len(parts) // 128)]
+
+    if stream:
+        ids = tokenizer.encode(held_out[0])
+        starts = spread_out(range(0, max(1, len(ids) - 1), config.block_size))
+        batch = [ids[start : start + config.block_size + 1] for start in starts]
+    else:
+        docs = [[tokenizer.bos, *tokenizer.encode(doc), tokenizer.bos] for doc in spread_out(held_out)]
+        batch = [doc[: config.block_size + 1] for doc in docs]
+    if len(batch[0]) < 2:
+        raise UserError("the corpus is too small to hold a part of it out")
+
+    def validate():
+        with no_grad():
+            w, predicted = engine.wrap(weights), sum(len(tokens) - 1 for tokens in batch)
+            losses = (batch_loss(engine, config, w, [tokens]).data * (len(tokens) - 1) for tokens in batch)
+            return sum(losses) / predicted
+
+    return validate
+
+def watch(args, training, validate, sample_text):
+    """Run a training; print its losses, and all else that was asked for."""
+    start, shown, tokens, recent = time.monotonic(), 0.0, 0, []
+    for step, loss, batch in training:
+        step += 1
+        print(f"step {step:4d} / {args.steps:4d} | loss {loss:.4f}", end="\r")
+        if not math.isfinite(loss):
+            raise UserError(f"the loss of step {step} is {loss}: try a lower --lr")
+        recent.append(loss)
+        if validate and (step % args.eval_every == 0 or step == args.steps):
+            loss, held_out, recent = sum(recent) / len(recent), validate(), []
+            print(f"step {step:4d} / {args.steps:4d} | loss {loss:.4f} on average | validation {held_out:.4f}")
+            above = (held_out / max(loss, 1e-9) - 1) * 100
+            message = f"at step {step} the validation loss is {above:.0f} % above the training loss"
+            if args.div_crit is not None and above > args.div_crit:
+                raise UserError(message)
+            if above > (20 if args.div_warn is None else args.div_warn):
+                print(f"microgpt: warning: {message}", file=sys.stderr)
+        if args.gen_every and step % args.gen_every == 0:
+            print(f"\nsample at step {step}: {sample_text(random.Random(step))}")
+        tokens += sum(map(len, batch)) - len(batch)
+        seconds = time.monotonic() - start
+        if sys.stderr.isatty() and seconds > shown + 0.2:
+            shown, left = seconds, round((args.steps - step) * seconds / step)
+            speed = f"{step / seconds:.1f} steps/s | {tokens / seconds:.0f} tokens/s"
+            print(f"\x1b[40C| {speed} | {left // 60}:{left % 60:02d} left\x1b[K", end="\r", file=sys.stderr)
+
+def run(args):
+    """All that a command line asks for, from the corpus to the last sample."""
+    gc.disable()  # nothing here makes reference cycles, so the collector would find nothing
+    rng = random.Random(args.seed)
+    docs, held_out = load_corpus(args, rng)
     print(f"num docs: {len(docs)}")
-    tokenizer = CharTokenizer(docs)
+    tokenizer, docs, encode = tokenize(args, docs, held_out)
     print(f"vocab size: {tokenizer.vocab_size}")
     config = Config(tokenizer.vocab_size, args.layers, args.d_model, args.heads, args.context, args.arch)
     weights = initial_weights(config, rng)
     print(f"num params: {sum(len(row) for rows in weights.values() for row in rows)}")
 
+    engine = {"scalar": Scalar, "tensor": Tensor}[args.engine]
     prompt = tokenizer.encode(args.prompt)
     if args.stream:
-        batch_at = stream_batches(docs[0], tokenizer.encode, args.context, args.batch_size, rng)
+        batch_at = stream_batches(docs[0], encode, args.context, args.batch_size, rng)
         prompt = prompt or [tokenizer.ids.get("\n", 0)]
     else:
-        batch_at = document_batches(docs, tokenizer.encode, tokenizer.bos, args.context, args.batch_size)
+        batch_at = document_batches(docs, encode, tokenizer.bos, args.context, args.batch_size)
         prompt = [tokenizer.bos, *prompt]
+    validate = held_out and validator(engine, config, weights, tokenizer, held_out, args.stream)
 
-    engine = {"scalar": Scalar, "tensor": Tensor}[args.engine]
-    adam_settings = args.lr, args.beta1, args.beta2, args.eps
-    for step, loss in train(engine, config, weights, batch_at, args.steps, *adam_settings):
-        print(f"step {step + 1:4d} / {args.steps:4d} | loss {loss:.4f}", end="\r")
-        if not math.isfinite(loss):
-            raise UserError(f"the loss of step {step + 1} is {loss}: try a lower --lr")
+    def sample_text(rng):
+        how = args.max_tokens or args.context, args.temperature, args.top_k, rng
+        ids = takewhile(lambda token: token != tokenizer.bos, sample(engine, config, weights, prompt, *how))
+        return args.prompt + tokenizer.decode(ids)
+
+    def rate_at(step):
+        return learning_rate(step, args.steps, args.lr, args.warmup_steps, SCHEDULES[args.schedule])
+
+    optimizer, settings = OPTIMIZERS[args.optimizer], {"beta1": args.beta1, "beta2": args.beta2, "eps": args.eps}
+    if args.weight_decay is not None:
+        settings["weight_decay"] = args.weight_decay
+    if args.clip_grad is not None:
+        optimizer = clipped(optimizer, args.clip_grad)
+    m, v = zeros(weights), zeros(weights)
+    training = train(engine, config, weights, m, v, batch_at, args.steps, rate_at, optimizer, **settings)
+    watch(args, training, validate, sample_text)
 
     print()
     if args.samples:
         print(f"--- inference (new, hallucinated {'text' if args.stream else 'names'}) ---")
-    how = args.max_tokens or args.context, args.temperature, args.top_k, rng
     for i in range(args.samples):
-        ids = takewhile(lambda token: token != tokenizer.bos, sample(engine, config, weights, prompt, *how))
-        print(f"sample {i + 1:2d}: {args.prompt}{tokenizer.decode(ids)}")
-
+        print(f"sample {i + 1:2d}: {sample_text(rng)}")
 
 def main(argv=None):
     """Run the command line. Returns its exit status."""
@@ -951,7 +1133,6 @@ def main(argv=None):
         message = "there is not enough memory for this corpus and model"
     print(f"microgpt: error: {message}", file=sys.stderr)
     return 1
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,12 +14,14 @@ import gc
 import math
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import unittest
+from collections import Counter
 from operator import mul
 
 import microgpt
@@ -35,6 +37,15 @@ needs_names = unittest.skipUnless(os.path.exists(NAMES), "needs the reference's 
 def normal(rng, rows, columns):
     """A matrix of normally distributed numbers."""
     return [[rng.gauss(0, 1) for _ in range(columns)] for _ in range(rows)]
+
+
+def train(engine, config, weights, batch_at, steps, total=None, lr=0.01, **settings):
+    """Train by Adam with linear decay, as the default run does, and return the losses."""
+    total = total or steps
+    m, v = microgpt.zeros(weights), microgpt.zeros(weights)
+    rate_at = lambda step: lr * (1 - step / total)
+    training = microgpt.train(engine, config, weights, m, v, batch_at, steps, rate_at, **settings)
+    return [loss for _, loss, _ in training]
 
 
 def flat(rows):
@@ -94,7 +105,6 @@ class TestDataset(Files):
     def test_globs_are_merged_sorted_and_each_file_is_read_once(self):
         for name in ("b.txt", "a.txt", "c.md", "odd[1].txt"):
             self.file(name, "x")
-        os.mkdir(os.path.join(self.folder.name, "d.txt"))
         at = lambda name: os.path.join(self.folder.name, name)
         self.assertEqual(
             microgpt.find_corpus([at("*.txt"), at("a.*"), at("odd[1].txt")]),
@@ -458,7 +468,7 @@ class TestGPT(Test):
                 config = Config(tokenizer.vocab_size, 2, 8, 2, 8, arch)
                 weights = microgpt.initial_weights(config, random.Random(1))
                 batch = microgpt.document_batches(docs, tokenizer.encode, tokenizer.bos, 8, 3)
-                losses.append([f"{loss:.4f}" for _, loss in microgpt.train(engine, config, weights, batch, 20)])
+                losses.append([f"{loss:.4f}" for loss in train(engine, config, weights, batch, 20)])
             self.assertEqual(*losses)
 
     def test_gradients_of_the_whole_model_against_finite_differences(self):
@@ -531,19 +541,18 @@ class TestTraining(Test):
             config = Config(tokenizer.vocab_size, 1, 4, 1, 8)
             weights = microgpt.initial_weights(config, random.Random(1))
             batch = microgpt.document_batches(docs, tokenizer.encode, tokenizer.bos, 8, 1)
-            losses = [loss for _, loss in microgpt.train(engine, config, weights, batch, 60, lr=0.05)]
+            losses = train(engine, config, weights, batch, 60, lr=0.05)
             self.assertLess(losses[-1], losses[0] / 2)
 
-    def test_the_rate_falls_in_a_line_to_zero(self):
-        rates, adam = [], microgpt.adam
+    def test_a_step_gets_its_batch_and_its_rate(self):
+        seen = []
+        optimizer = lambda weights, grads, m, v, step, lr, **settings: seen.append((step, lr, settings))
         config, weights = model()
-        try:
-            microgpt.adam = lambda w, g, m, v, step, lr, *more: rates.append(lr)
-            list(microgpt.train(Tensor, config, weights, lambda step: [[1, 2, 3]], 4, lr=0.2))
-        finally:
-            microgpt.adam = adam
-        for got, wanted in zip(rates, [0.2, 0.15, 0.1, 0.05]):
-            self.assertAlmostEqual(got, wanted, 12)
+        m, v, batches = {}, {}, {2: [[1, 2, 3]], 3: [[4, 5]]}
+        steps = microgpt.train(Tensor, config, weights, m, v, batches.get, 4, {2: 0.5, 3: 0.25}.get, optimizer, 2, x=7)
+        got = list(steps)
+        self.assertEqual(seen, [(2, 0.5, {"x": 7}), (3, 0.25, {"x": 7})])
+        self.assertEqual([(step, batch) for step, _, batch in got], list(batches.items()))
 
 
 # 8. Sampling ----------------------------------------------------------------------------------------------
@@ -593,6 +602,175 @@ class TestSampling(Test):
     def test_a_context_of_one_works(self):
         config, weights = model(block_size=1)
         self.assertEqual(len(list(microgpt.sample(Tensor, config, weights, [1, 2], 5))), 5)
+
+
+# 10. Subwords ---------------------------------------------------------------------------------------------
+
+
+def recount(docs, n, new):
+    """The plain way to learn merges: count all pairs, merge the best, begin again."""
+    merges = []
+    while len(merges) < n:
+        counts = Counter(pair for doc in docs for pair in zip(doc, doc[1:]))
+        best = min(counts, key=lambda pair: (-counts[pair], pair), default=None)
+        if best is None or counts[best] < 2:
+            break
+        merged, new = chr(new), new + 1
+        merges.append(tuple(map(ord, best)))
+        for i, doc in enumerate(docs):
+            out, at = [], 0
+            while at < len(doc):
+                found = doc[at : at + 2] == best[0] + best[1]
+                out.append(merged if found else doc[at])
+                at += 1 + found
+            docs[i] = "".join(out)
+    return merges, docs
+
+
+def characters(docs):
+    """Documents as strings of chr(id), and the number of ids."""
+    tokenizer = CharTokenizer(docs)
+    return ["".join(map(chr, tokenizer.encode(doc))) for doc in docs], len(tokenizer.tokens)
+
+
+class TestBPE(Test):
+    def compare(self, docs, n):
+        docs, new = characters(docs)
+        self.assertEqual(microgpt.learn_merges(docs, n, new), recount(list(docs), n, new))
+
+    def test_merges_are_those_of_a_recount_on_random_strings(self):
+        for seed in range(190):
+            rng = random.Random(seed)
+            letters = "abcde"[: rng.randint(1, 5)]
+            docs = ["".join(rng.choices(letters, k=rng.randint(0, 50))) for _ in range(rng.randint(1, 4))]
+            with self.subTest(seed=seed, docs=docs):
+                self.compare([*docs, "x"], rng.randint(0, 25))
+
+    def test_merges_are_those_of_a_recount_on_runs_names_and_prose(self):
+        names = microgpt.read_documents([os.path.join(HERE, "input.txt")])[:300]
+        prose = microgpt.read_documents([os.path.join(HERE, "README.md")], stream=True)
+        for n, docs in ((9, ["a" * 31]), (9, ["aaaabaaab", "aaa", "aabaa"]), (60, names), (80, [prose[0][:5000]]),
+                        (20, ["abab" * 9, "ba"]), (5, ["", "a", ""]), (0, ["abab"]), (9, ["é😀é😀", "😀é😀é"])):
+            self.compare(docs, n)
+
+    def test_no_merge_reaches_across_documents(self):
+        docs, new = characters(["ab"] * 9 + ["cd"] * 8)
+        merges, encoded = microgpt.learn_merges(docs, 9, new)
+        self.assertEqual(merges, [(0, 1), (2, 3)])
+        self.assertEqual(encoded, [chr(4)] * 9 + [chr(5)] * 8)
+
+    def test_learning_returns_what_encoding_gives(self):
+        docs = microgpt.read_documents([os.path.join(HERE, "input.txt")])[:500]
+        strings, new = characters(docs)
+        merges, encoded = microgpt.learn_merges(strings, 120, new)
+        tokenizer = microgpt.BPETokenizer(docs, merges)
+        self.assertEqual([list(map(ord, doc)) for doc in encoded], [tokenizer.encode(doc) for doc in docs])
+        self.assertEqual((tokenizer.bos, tokenizer.vocab_size), (new + 120, new + 121))
+
+    def test_any_text_of_known_characters_comes_back(self):
+        docs = ["the cat and the hat 😀 שלום e\u0301\n\t" * 3]
+        strings, new = characters(docs)
+        tokenizer = microgpt.BPETokenizer(docs, microgpt.learn_merges(strings, 40, new)[0])
+        rng = random.Random(8)
+        for _ in range(50):
+            text = "".join(rng.choices(docs[0], k=rng.randint(0, 60)))
+            self.assertEqual(tokenizer.decode(tokenizer.encode(text)), text)
+        with self.assertRaisesRegex(UserError, "'z'"):
+            tokenizer.encode("the zebra")
+
+    def test_learning_and_encoding_are_not_quadratic(self):
+        rng = random.Random(1)
+        words = ["".join(rng.choices("etaoinshr", k=rng.randint(1, 8))) for _ in range(500)]
+        text = " ".join(rng.choices(words, k=60_000))
+        start = time.perf_counter()
+        strings, new = characters([text])
+        merges, _ = microgpt.learn_merges(strings, 200, new)
+        microgpt.BPETokenizer([text], merges).encode(text)
+        self.assertLess(time.perf_counter() - start, 6)
+
+
+# 14. Optimizers -------------------------------------------------------------------------------------------
+
+
+class TestOptimizers(Test):
+    settings = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-3, "weight_decay": 0.1}
+
+    def steps(self, name):
+        """Three steps of an optimizer on random gradients: the weights before and after, and the gradients."""
+        rng = random.Random(4)
+        weights = {"a": normal(rng, 2, 3), "b": normal(rng, 1, 2)}
+        before, grads = flat(weights), [{"a": normal(rng, 2, 3), "b": normal(rng, 1, 2)} for _ in range(3)]
+        m, v = microgpt.zeros(weights), microgpt.zeros(weights)
+        for step, g in enumerate(grads):
+            microgpt.OPTIMIZERS[name](weights, g, m, v, step, 0.1, **self.settings)
+        return before, flat(weights), [flat(g) for g in grads]
+
+    def test_three_steps_of_each_against_its_formula(self):
+        lr, b1, b2, eps, decay = 0.1, 0.9, 0.95, 1e-3, 0.1
+
+        def hats(m, v, t):
+            return lr * (m / (1 - b1**t)) / (math.sqrt(v / (1 - b2**t)) + eps)
+
+        formulas = {
+            "sgd": lambda w, g, m, v, t: (w - lr * g, m, v),
+            "momentum": lambda w, g, m, v, t: (w - lr * (b1 * m + g), b1 * m + g, v),
+            "rmsprop": lambda w, g, m, v, t: (w - lr * g / (math.sqrt(b2 * v + (1 - b2) * g * g) + eps), m,
+                                              b2 * v + (1 - b2) * g * g),
+            "adam": lambda w, g, m, v, t: (w - hats(b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g, t),
+                                           b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g),
+            "adamw": lambda w, g, m, v, t: (w * (1 - lr * decay) - hats(b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g, t),
+                                            b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g),
+        }
+        self.assertEqual(list(formulas), list(microgpt.OPTIMIZERS))
+        for name, formula in formulas.items():
+            before, after, grads = self.steps(name)
+            for i, w in enumerate(before):
+                m = v = 0.0
+                for t, g in enumerate(grads, 1):
+                    w, m, v = formula(w, g[i], m, v, t)
+                self.assertAlmostEqual(after[i], w, 13, name)
+
+    def test_adamw_without_decay_is_adam(self):
+        self.settings = {**self.settings, "weight_decay": 0.0}
+        self.assertEqual(self.steps("adamw")[1], self.steps("adam")[1])
+
+    def test_each_lowers_the_loss_on_names(self):
+        docs = microgpt.read_documents([os.path.join(HERE, "input.txt")])[:200]
+        tokenizer = CharTokenizer(docs)
+        config = Config(tokenizer.vocab_size)
+        for name, optimizer in microgpt.OPTIMIZERS.items():
+            lr = 0.3 if name == "sgd" else 0.05 if name == "momentum" else 0.01
+            weights = microgpt.initial_weights(config, random.Random(1))
+            batch_at = microgpt.document_batches(docs, tokenizer.encode, tokenizer.bos, 16, 2)
+            losses = train(Tensor, config, weights, batch_at, 100, lr=lr, optimizer=optimizer)
+            self.assertLess(statistics.mean(losses[-20:]), statistics.mean(losses[:5]) - 0.3, name)
+
+    def test_clipping_leaves_small_gradients_alone_and_scales_large_ones_to_the_norm(self):
+        seen = []
+        optimizer = microgpt.clipped(lambda weights, grads, *args, **settings: seen.append(grads), 2.0)
+        small, large = {"a": [[1.0, -1.0]], "b": [[0.5]]}, {"a": [[30.0, -40.0]], "b": [[0.0]]}
+        optimizer(None, small)
+        self.assertIs(seen[0], small)
+        optimizer(None, large)
+        self.assertAlmostEqual(math.hypot(*flat(seen[1])), 2.0, 12)
+        self.assertClose(seen[1], [[1.2, -1.6, 0.0]], 1e-12)
+        self.assertEqual(large, {"a": [[30.0, -40.0]], "b": [[0.0]]})
+
+    def test_schedules_at_their_corners(self):
+        rate = lambda name, step, warmup=10, steps=110: microgpt.learning_rate(
+            step, steps, 0.5, warmup, microgpt.SCHEDULES[name])
+        for name in microgpt.SCHEDULES:
+            self.assertAlmostEqual(rate(name, 0), 0.05, 12)
+            self.assertAlmostEqual(rate(name, 9), 0.5, 12)
+            self.assertAlmostEqual(rate(name, 10), 0.5, 12)
+            self.assertAlmostEqual(rate(name, 0, 0), 0.5, 12)
+            self.assertAlmostEqual(rate(name, 99, 100, 100), 0.5, 12)
+        self.assertAlmostEqual(rate("linear", 60), 0.25, 12)
+        self.assertAlmostEqual(rate("linear", 109), 0.005, 12)
+        self.assertAlmostEqual(rate("cosine", 60), 0.25, 12)
+        self.assertAlmostEqual(rate("cosine", 35), 0.25 * (1 + math.sqrt(0.5)), 12)
+        self.assertAlmostEqual(rate("cosine", 109), 0.25 * (1 + math.cos(math.pi * 0.99)), 12)
+        self.assertAlmostEqual(rate("constant", 109), 0.5, 12)
 
 
 # 17. The command line -------------------------------------------------------------------------------------
@@ -691,10 +869,98 @@ class TestCommandLine(Files):
         self.assertIn("--- inference (new, hallucinated text) ---\nsample  1: ", done.stdout)
         self.assertEqual(self.run_script(*flags).stdout, done.stdout)
 
+    def losses(self, *flags):
+        """The losses that a run prints, whatever else it prints."""
+        done = self.run_script("--samples", "0", *flags)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        return re.findall(r"loss (\S+)\r", done.stdout), done.stdout
+
+    def test_training_with_all_that_people_use(self):
+        readme = os.path.join(HERE, "README.md")
+        flags = """--vocab-size 100 --arch gpt2 --layers 2 --d-model 16 --context 16 --batch-size 2 --optimizer adamw --cosine
+                   --warmup-steps 5 --clip-grad 1 --val-fraction 0.1 --steps 60 --eval-every 20 --lr 0.02 --stream"""
+        losses, out = self.losses("--corpus", readme, *flags.split())
+        self.assertEqual(len(losses), 60)
+        validation = [float(a) for a in re.findall(r"validation (\S+)\n", out)]
+        self.assertEqual(len(validation), 3)
+        self.assertLess(validation[-1], math.log(180) - 0.5)
+        self.assertLess(statistics.mean(map(float, losses[-10:])), float(losses[0]) - 0.5)
+
+    def test_the_long_command_line_of_the_design(self):
+        os.mkdir(os.path.join(self.folder.name, "corpus"))
+        with open(os.path.join(HERE, "input.txt"), encoding="utf-8") as file:
+            self.file(os.path.join("corpus", "a.txt"), file.read(2000))
+        flags = """--stream --steps 50000 --vocab-size 1000 --warmup-steps 500 --cosine --div-crit 50 --gen-every 500"""
+        parsed = microgpt.parse_args(["--corpus", "corpus/*.txt", *flags.split()])
+        self.assertEqual((parsed.steps, parsed.vocab_size, parsed.schedule), (50000, 1000, "cosine"))
+        self.assertEqual((parsed.val_fraction, parsed.div_crit, parsed.clip_grad), (0.1, 50.0, None))
+        flags = flags.replace("50000", "6").replace("500", "3").replace("--div-crit 50", "--div-crit 5000")
+        done = self.run_script("--corpus", "corpus/*.txt", *flags.split(), "--samples", "1")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("sample at step 3: ", done.stdout)
+        self.assertRegex(done.stderr, "^microgpt: note: after [0-9]+ merges no pair of tokens occurs twice\n")
+
+    def test_watching_does_not_disturb_the_run(self):
+        plain, _ = self.losses("--steps", "12")
+        watched, out = self.losses("--steps", "12", "--gen-every", "5")
+        self.assertEqual(watched, plain)
+        self.assertEqual(out.count("sample at step"), 2)
+        flags = "--steps", "12", "--val-fraction", "0.2", "--stream"
+        self.assertEqual(self.losses(*flags, "--eval-every", "3")[0], self.losses(*flags, "--eval-every", "12")[0])
+
+    def test_held_out_documents_are_never_trained_on(self):
+        self.file("input.txt", "\n".join("abcdefghij"))
+        args = microgpt.parse_args(["--val-fraction", "0.3", "--corpus", os.path.join(self.folder.name, "input.txt")])
+        docs, held_out = microgpt.load_corpus(args, random.Random(1))
+        self.assertEqual((len(docs), len(held_out), sorted(docs + held_out)), (7, 3, list("abcdefghij")))
+        args.stream = True
+        docs, held_out = microgpt.load_corpus(args, random.Random(1))
+        self.assertEqual((docs, held_out), (["a\nb\nc\nd\ne\nf\ng"], ["\nh\ni\nj"]))
+
+    def test_validation_is_the_mean_over_all_held_out_tokens(self):
+        config, weights = model()
+        tokenizer = CharTokenizer(["abcdefghij"])
+        validate = microgpt.validator(Tensor, config, weights, tokenizer, ["abc", "j", "hij"], False)
+        bos = tokenizer.bos
+        batch = [[bos, 0, 1, 2, bos], [bos, 9, bos], [bos, 7, 8, 9, bos]]
+        self.assertAlmostEqual(validate(), microgpt.loss_and_grads(Tensor, config, weights, batch)[0], 12)
+
+    def test_divergence_warns_and_stops(self):
+        flags = "--steps 60 --eval-every 20 --val-fraction 0.1 --samples 0 --lr 0.05".split()
+        self.file("input.txt", "a" * 900 + "bc" * 60)
+        done = self.run_script("--stream", *flags)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertRegex(done.stderr, "^microgpt: warning: at step 20 the validation loss is [0-9]+ % above the training")
+        self.assertEqual(self.run_script("--stream", "--div-warn", "1e9", *flags).stderr, "")
+        self.assertRefused(1, "at step 20 the validation loss is", "--stream", "--div-crit", "50", *flags)
+
+    def test_flags_that_do_not_go_together(self):
+        self.assertRefused(2, "--warmup-steps 9 is longer than the run", "--steps", "5", "--warmup-steps", "9")
+        self.assertRefused(2, "--warmup-steps", "--warmup-steps", "-1")
+        self.assertRefused(2, "--weight-decay is for --optimizer adamw", "--weight-decay", "0.1")
+        self.assertRefused(2, "--val-fraction", "--val-fraction", "1")
+        self.file("input.txt", "abc")
+        self.assertRefused(1, "too small to hold a part of it out", "--val-fraction", "0.1")
+        self.assertEqual(microgpt.parse_args(["--clip-grad", "1", "--no-clip-grad"]).clip_grad, None)
+
+    def test_progress_is_shown_on_a_terminal_and_nowhere_else(self):
+        try:
+            import pty
+        except ImportError:
+            self.skipTest("needs a pseudo-terminal")
+        terminal, end = pty.openpty()
+        done = subprocess.run([sys.executable, SCRIPT, "--steps", "400", "--samples", "0"], cwd=self.folder.name,
+                              stdout=subprocess.PIPE, stderr=end)
+        os.close(end)
+        shown = os.read(terminal, 10000).decode()
+        os.close(terminal)
+        self.assertRegex(shown, r"\d+\.\d steps/s \| \d+ tokens/s \| 0:\d\d left")
+        self.assertNotIn(b"steps/s", done.stdout)
+
     def test_help_names_every_group(self):
         done = self.run_script("--help")
         self.assertEqual((done.returncode, done.stderr), (0, ""))
-        for group in ("data:", "model:", "training:", "sampling:", "engine:"):
+        for group in ("data:", "model:", "training:", "watching:", "sampling:", "engine:"):
             self.assertIn("\n" + group + "\n", done.stdout)
 
     def test_importing_runs_nothing(self):
@@ -707,13 +973,13 @@ class TestCommandLine(Files):
         self.file("blank.txt", "\n  \n\r\n\t\n")
         self.file("latin.txt", b"caf\xe9\n")
         self.file("short.txt", "ab")
-        self.assertRefused(1, "there is no missing.txt", "--corpus", "missing.txt")
-        self.assertRefused(1, r"there is no nothing-\*.txt", "--corpus", "nothing-*.txt")
+        self.assertRefused(1, "cannot read missing.txt", "--corpus", "missing.txt")
+        self.assertRefused(1, r"cannot read nothing-\*.txt", "--corpus", "nothing-*.txt")
         self.assertRefused(1, "no text in empty.txt", "--corpus", "empty.txt")
         self.assertRefused(1, "no text in empty.txt", "--corpus", "empty.txt", "--stream")
         self.assertRefused(1, "no text in blank.txt", "--corpus", "blank.txt")
         self.assertRefused(1, "latin.txt is not UTF-8", "--corpus", "latin.txt")
-        self.assertRefused(1, "is a directory", "--corpus", self.folder.name)
+        self.assertRefused(1, "cannot read ", "--corpus", self.folder.name)
         self.assertRefused(1, "too short for a context of 16", "--corpus", "short.txt", "--stream")
 
     @unittest.skipIf(os.name == "nt" or not hasattr(os, "geteuid") or os.geteuid() == 0, "root may read everything")
@@ -801,11 +1067,9 @@ def corpus():
 def ms_a_step(engine, steps):
     """Milliseconds of an average step of the default run."""
     docs, tokenizer, config, weights = corpus()
-    batch = microgpt.document_batches(docs, tokenizer.encode, tokenizer.bos, config.block_size, 1)
-    training = microgpt.train(engine, config, weights, batch, 1000)
+    batch_at = microgpt.document_batches(docs, tokenizer.encode, tokenizer.bos, config.block_size, 1)
     start = time.perf_counter()
-    for _ in range(steps):
-        next(training)
+    train(engine, config, weights, batch_at, steps, 1000)
     return (time.perf_counter() - start) / steps * 1e3
 
 
