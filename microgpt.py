@@ -20,11 +20,14 @@ Andrej Karpathy, below called the reference.
 import argparse
 import gc
 import glob
+import json
 import math
 import os
 import random
+import signal
 import sys
 import time
+from array import array
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +38,8 @@ from operator import add as plus, mul
 
 class UserError(ValueError):
     """What a person did wrong and can put right. The command line prints it as one line."""
+
+    status = 1
 
 
 # ==========================================================================================================
@@ -68,6 +73,8 @@ def read_documents(paths, stream=False):
 
 class CharTokenizer:
     """A token for each different character of the documents, and BOS as the last id."""
+
+    merges = ()
 
     def __init__(self, docs):
         self.tokens = sorted(set().union(*docs))
@@ -800,11 +807,14 @@ class BPETokenizer(CharTokenizer):
         self.bos, self.vocab_size = len(self.tokens), len(self.tokens) + 1
 
     def encode(self, text):
-        """The ids of a text: the merges, made in the order in which they were learned."""
-        text = "".join(map(chr, super().encode(text)))
+        """The ids of a text."""
+        return list(map(ord, self.merge("".join(map(chr, super().encode(text))))))
+
+    def merge(self, text):
+        """Make the merges in a string of chr(id), in the order in which they were learned."""
         for new, (left, right) in enumerate(self.merges, len(self.ids)):
             text = text.replace(chr(left) + chr(right), chr(new))
-        return list(map(ord, text))
+        return text
 
 
 # ==========================================================================================================
@@ -866,6 +876,169 @@ def learning_rate(step, steps, lr, warmup, decay):
     return lr * (step + 1) / warmup if step < warmup else lr * decay((step - warmup) / (steps - warmup))
 
 
+# 15. Checkpoints ------------------------------------------------------------------------------------------
+#
+# What a run has learned is kept in one file, in the .safetensors format: the length of a header, the header, which is
+# JSON and says of each matrix its type, its shape and where it lies, then the plain numbers. Other tools can open
+# it, PyTorch among them, and unlike a pickle it cannot run code. It is written beside its place and renamed when it
+# is whole and on the disk, so that at any instant there is the old file or the new one. The reader trusts nothing.
+
+HEADER_LIMIT = 4_000_000  # bytes
+
+
+def write_safetensors(path, tensors, metadata):
+    """Write matrices and a dictionary of strings to a file, whole or not at all."""
+    header, at = {"__metadata__": metadata}, 0
+    for name, rows in tensors.items():
+        start, at = at, at + 8 * len(rows) * len(rows[0])
+        header[name] = {"dtype": "F64", "shape": [len(rows), len(rows[0])], "data_offsets": [start, at]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        with open(path + ".part", "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for (row,) in rows_of(tensors):
+                file.write(little_endian(array("d", row)))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".part", path)
+    except OSError as error:
+        if os.path.exists(path + ".part"):
+            os.remove(path + ".part")
+        raise UserError(f"cannot save {path}: {error.strerror}") from None
+
+
+def little_endian(numbers):
+    """An array in the byte order of the format, or back."""
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers
+
+
+def read_json(text):
+    """JSON without the traps: no name twice, no endless integer. Raises ValueError or RecursionError."""
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a name occurs twice")
+        return dict(pairs)
+
+    def short(digits):
+        if len(digits) > 20:
+            raise ValueError("an integer of too many digits")
+        return int(digits)
+
+    return json.loads(text, object_pairs_hook=unique, parse_int=short)
+
+
+def read_safetensors(path):
+    """The matrices, as rows of floats, and the metadata of a file. A UserError says what is wrong with it."""
+    def need(condition, what):
+        if not condition:
+            raise UserError(f"{path} is not a whole checkpoint: {what}")
+
+    def pair(numbers):
+        return type(numbers) is list and len(numbers) == 2 and all(type(n) is int and n >= 0 for n in numbers)
+
+    try:
+        need(os.path.isfile(path) or not os.path.exists(path), "it is no file")
+        with open(path, "rb") as file:
+            content = memoryview(file.read())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    end = 8 + int.from_bytes(content[:8], "little")
+    need(8 < end <= min(len(content), HEADER_LIMIT), "the length of its header")
+    try:
+        header = read_json(bytes(content[8:end]).decode())
+        metadata = header.pop("__metadata__")
+        need(all(type(value) is str for value in metadata.values()), "its metadata")
+        entries = sorted((entry["data_offsets"], entry["shape"], entry["dtype"], name) for name, entry in header.items())
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        need(False, f"its header ({type(error).__name__})")
+    tensors, at = {}, end
+    for offsets, shape, dtype, name in entries:
+        need(dtype in ("F32", "F64") and pair(offsets) and pair(shape) and min(shape) > 0, f"the entry of {name!r}")
+        (rows, columns), size = shape, 4 if dtype == "F32" else 8
+        start, at = at, at + rows * columns * size
+        need([start - end, at - end] == offsets and at <= len(content), f"the place of {name!r}")
+        numbers = little_endian(array("f" if dtype == "F32" else "d", bytes(content[start:at])))
+        need(all(map(math.isfinite, numbers)), f"{name!r} holds a number that is not finite")
+        tensors[name] = [numbers[i : i + columns].tolist() for i in range(0, rows * columns, columns)]
+    need(at == len(content), "its length")
+    return tensors, metadata
+
+
+@dataclass
+class State:
+    """All that a run has come to and needs to go on."""
+
+    config: Config
+    tokenizer: CharTokenizer
+    weights: dict
+    m: dict
+    v: dict
+    step: int = 0
+    recent: tuple = (0.0, 0)  # the sum of the losses since the last validation, and their number
+
+    def save(self, path, flags, rng):
+        """Write a checkpoint. Refuses to replace a good one with numbers that are not finite."""
+        if not all(math.isfinite(sum(row)) for (row,) in rows_of(self.weights)):
+            raise UserError(f"the weights have overflowed after step {self.step}: try a lower --lr")
+        tensors = dict(self.weights)
+        for kind, moments in (("m", self.m), ("v", self.v)):
+            tensors.update({f"optimizer.{kind}.{name}": rows for name, rows in moments.items()})
+        fields = {
+            "microgpt": 1,
+            "config": vars(self.config),
+            "characters": "".join(self.tokenizer.ids),
+            "merges": self.tokenizer.merges,
+            "step": self.step,
+            "recent": self.recent,
+            "flags": flags,
+            "random": rng.getstate(),
+        }
+        write_safetensors(path, tensors, {name: json.dumps(value) for name, value in fields.items()})
+
+
+def load_state(path, rng):
+    """The run that a checkpoint holds, and its flags; sets the state of the random generator."""
+    tensors, metadata = read_safetensors(path)
+    try:
+        fields = {name: read_json(text) for name, text in metadata.items()}
+        config, characters, merges = Config(**fields["config"]), fields["characters"], fields["merges"]
+        if any(type(value) is not (str if name == "arch" else int) for name, value in vars(config).items()):
+            raise ValueError("config")
+        if type(characters) is not str or type(merges) is not list:
+            raise ValueError("vocabulary")
+        lengths = [1] * len(characters)
+        for left, right in merges:
+            lengths.append(lengths[left] + lengths[right])
+            if min(left, right) < 0 or lengths[-1] > 1_000_000 or len(lengths) > 300_000:
+                raise ValueError("merges")
+        tokenizer = BPETokenizer(characters, merges)
+        if (fields["microgpt"], tokenizer.vocab_size, "".join(tokenizer.ids)) != (1, config.vocab_size, characters):
+            raise ValueError("vocabulary")
+        if 6 * config.n_layer > len(tensors) or type(fields["step"]) is not int or fields["step"] < 0:
+            raise ValueError("step or layers")
+        found = {name: (len(rows), len(rows[0])) for name, rows in tensors.items()}
+        parts = []
+        for prefix in ("", "optimizer.m.", "optimizer.v."):
+            wanted = {prefix + name: shape for name, shape in shapes(config).items()}
+            parts.append({name[len(prefix) :]: tensors.pop(name) for name in wanted if name in tensors})
+            if parts[-1] or not prefix:
+                if any(found.get(name) != shape for name, shape in wanted.items()):
+                    raise ValueError("the shapes of its matrices")
+        if tensors:
+            raise ValueError("unknown matrices")
+        weights, m, v = parts[0], parts[1] or zeros(parts[0]), parts[2] or zeros(parts[0])
+        total, number = fields["recent"]
+        state = State(config, tokenizer, weights, m, v, fields["step"], (float(total), int(number)))
+        version, numbers, gauss = fields["random"]
+        rng.setstate((version, tuple(numbers), gauss))
+        return state, fields["flags"]
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path} is not a checkpoint of microgpt: {type(error).__name__} {error}") from None
+
+
 # 17. The command line -------------------------------------------------------------------------------------
 #
 # Every flag has the reference's value unless it is given. Standard output is the run; standard error gets one
@@ -897,11 +1070,16 @@ def download(url, path):
         raise UserError(f"there is no {path}: {advice}") from None
     return path
 
+class UsageError(UserError):
+    """A command line that makes no sense."""
+
+    status = 2
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that says in one line what is wrong."""
+    """An ArgumentParser that raises its errors."""
 
     def error(self, message):
-        self.exit(2, f"microgpt: error: {message}\n")
+        raise UsageError(message)
 
 def number(kind, low, below=math.inf):
     """An argparse type: numbers n with low <= n < below."""
@@ -916,8 +1094,8 @@ def number(kind, low, below=math.inf):
 
     return parse
 
-def parse_args(argv):
-    """The flags as a namespace. A wrong command line ends the program, with status 2."""
+def make_parser():
+    """The flags, by group."""
     about = "Train a GPT on a text and sample from it. Without flags it does what the reference does."
     parser = Parser(prog="microgpt", usage="%(prog)s [flags]", description=about, allow_abbrev=False)
     natural, size, real, share = number(int, 0), number(int, 1), number(float, 0), number(float, 0, 1)
@@ -931,7 +1109,7 @@ def parse_args(argv):
     group = parser.add_argument_group("data")
     flag("--corpus GLOB", str, None, "text files, a document per line; repeatable (input.txt)", action="append")
     group.add_argument("--stream", action="store_true", help="the corpus is one continuous text, not lines")
-    flag("--vocab-size N", number(int, 0, 1_000_000), 0, "byte-pair merges to learn, 0: characters alone")
+    flag("--vocab-size N", number(int, 0, 100_000), 0, "byte-pair merges to learn, 0: characters alone")
 
     group = parser.add_argument_group("model")
     flag("--layers N", size, 1, "how many layers")
@@ -963,6 +1141,11 @@ def parse_args(argv):
     flag("--div-crit PCT", real, None, "stop if it is so much above training")
     flag("--gen-every N", size, None, "show a sample every N steps")
 
+    group = parser.add_argument_group("keeping")
+    flag("--save FILE", str, None, "keep the run in this file, to go on with --resume")
+    flag("--save-every N", size, 500, "save every N steps, too")
+    flag("--resume FILE", str, None, "go on with this run; other flags change what it had")
+
     group = parser.add_argument_group("sampling")
     flag("--samples N", natural, 20, "how many samples")
     flag("--temperature X", real, 0.5, "1: by the model's odds, 0: always the likeliest")
@@ -973,13 +1156,54 @@ def parse_args(argv):
     group = parser.add_argument_group("engine")
     flag("--engine NAME", ["scalar", "tensor"], "tensor", "scalar: part one alone, slow and plain")
 
+    return parser
+
+NOT_SAVED = ("save", "save_every", "resume", "state", "rng")
+FIXED = ("layers", "d_model", "heads", "context", "arch", "vocab_size", "stream")
+
+def parse_args(argv):
+    """The flags as a namespace; with --resume those of the saved run, unless given anew, and its state and random
+    generator. Raises a UsageError if they make no sense."""
+    parser = make_parser()
     args = parser.parse_args(argv)
+    rng = random.Random()
+    if not args.resume:
+        args.state, args.rng = None, None
+        return check(args)
+    state, flags = load_state(args.resume, rng)
+    try:
+        saved = parser.parse_args(as_argv(flags))
+        config = Config(state.config.vocab_size, saved.layers, saved.d_model, saved.heads, saved.context, saved.arch)
+        if config != state.config:
+            raise UserError("its flags are those of another model")
+    except (UserError, AttributeError, TypeError) as error:
+        raise UserError(f"{args.resume} is not a checkpoint of microgpt: {error}") from None
+    args = parser.parse_args(argv, argparse.Namespace(**vars(saved)))
+    args.corpus = (args.corpus or [])[len(saved.corpus or []) :] or saved.corpus
+    for name in FIXED:
+        new, old = getattr(args, name), getattr(saved, name)
+        if new != old:
+            parser.error(f"--{name.replace('_', '-')} {new} contradicts {args.resume}, which has {old}")
+    args.state, args.rng, args.save = state, rng, args.save or args.resume
+    return check(args)
+
+def as_argv(flags):
+    """Saved flags as a command line, so that they are checked like one."""
+    for name, value in flags.items():
+        for each in value if isinstance(value, list) else [value]:
+            if name in NOT_SAVED or isinstance(each, (list, dict)):
+                raise TypeError(f"flag {name!r}")
+            if each is not None and each is not False:
+                yield f"--{name.replace('_', '-')}" + (f"={each}" if each is not True else "")
+
+def check(args):
+    """Refuse flags that do not go together."""
     if args.d_model % args.heads:
-        parser.error(f"--heads {args.heads} does not divide --d-model {args.d_model}")
+        raise UsageError(f"--heads {args.heads} does not divide --d-model {args.d_model}")
     if args.warmup_steps > args.steps:
-        parser.error(f"--warmup-steps {args.warmup_steps} is longer than the run, --steps {args.steps}")
+        raise UsageError(f"--warmup-steps {args.warmup_steps} is longer than the run, --steps {args.steps}")
     if args.weight_decay is not None and args.optimizer != "adamw":
-        parser.error(f"--weight-decay is for --optimizer adamw, not {args.optimizer}")
+        raise UsageError(f"--weight-decay is for --optimizer adamw, not {args.optimizer}")
     if (args.div_warn, args.div_crit) != (None, None):
         args.val_fraction = args.val_fraction or 0.1
     return args
@@ -1002,14 +1226,19 @@ def load_corpus(args, rng):
 
 def tokenize(args, docs, held_out):
     """A tokenizer, the training documents in a form to take slices of, and what makes ids of such a slice."""
-    tokenizer = CharTokenizer(docs + held_out)
+    tokenizer = args.state.tokenizer if args.state else CharTokenizer(docs + held_out)
+    tokenizer.encode("".join(sorted(set().union(*docs, *held_out))))  # a saved one may lack some characters
     if not args.vocab_size:
         return tokenizer, docs, tokenizer.encode
-    docs = ["".join(map(chr, tokenizer.encode(doc))) for doc in docs]
-    merges, docs = learn_merges(docs, args.vocab_size, len(tokenizer.tokens))
-    if len(merges) < args.vocab_size:
-        print(f"microgpt: note: after {len(merges)} merges no pair of tokens occurs twice", file=sys.stderr)
-    return BPETokenizer(tokenizer.tokens, merges), docs, lambda text: list(map(ord, text))
+    docs = ["".join(map(chr, CharTokenizer.encode(tokenizer, doc))) for doc in docs]
+    if args.state:
+        docs = tokenizer.merge(BETWEEN.join(docs)).split(BETWEEN)
+    else:
+        merges, docs = learn_merges(docs, args.vocab_size, len(tokenizer.tokens))
+        tokenizer = BPETokenizer(tokenizer.tokens, merges)
+        if len(merges) < args.vocab_size:
+            print(f"microgpt: note: after {len(merges)} merges no pair of tokens occurs twice", file=sys.stderr)
+    return tokenizer, docs, lambda text: list(map(ord, text))
 
 # A model can learn its documents by heart and be no better at any other. Validation tells: the loss on documents
 # that were held out of training. When it is far above the training loss, both averaged over the same steps, the
@@ -1038,34 +1267,56 @@ def validator(engine, config, weights, tokenizer, held_out, stream):
 
     return validate
 
-def watch(args, training, validate, sample_text):
-    """Run a training; print its losses, and all else that was asked for."""
-    start, shown, tokens, recent = time.monotonic(), 0.0, 0, []
+def watch(args, state, training, validate, sample_text, save, signals):
+    """Run a training to its end or to a signal: print its losses and what else was asked for, save now and then."""
+    start, first, shown, tokens = time.monotonic(), state.step, 0.0, 0
     for step, loss, batch in training:
-        step += 1
+        state.step = step = step + 1
         print(f"step {step:4d} / {args.steps:4d} | loss {loss:.4f}", end="\r")
         if not math.isfinite(loss):
             raise UserError(f"the loss of step {step} is {loss}: try a lower --lr")
-        recent.append(loss)
+        state.recent = state.recent[0] + loss, state.recent[1] + 1
         if validate and (step % args.eval_every == 0 or step == args.steps):
-            loss, held_out, recent = sum(recent) / len(recent), validate(), []
+            (total, number), state.recent = state.recent, (0.0, 0)
+            held_out, loss = validate(), total / number
             print(f"step {step:4d} / {args.steps:4d} | loss {loss:.4f} on average | validation {held_out:.4f}")
             above = (held_out / max(loss, 1e-9) - 1) * 100
             message = f"at step {step} the validation loss is {above:.0f} % above the training loss"
             if args.div_crit is not None and above > args.div_crit:
+                save()
                 raise UserError(message)
             if above > (20 if args.div_warn is None else args.div_warn):
                 print(f"microgpt: warning: {message}", file=sys.stderr)
         if args.gen_every and step % args.gen_every == 0:
             print(f"\nsample at step {step}: {sample_text(random.Random(step))}")
+        if step % args.save_every == 0 or step == args.steps or signals.caught:
+            save()
+        if signals.caught:
+            break
         tokens += sum(map(len, batch)) - len(batch)
         seconds = time.monotonic() - start
         if sys.stderr.isatty() and seconds > shown + 0.2:
-            shown, left = seconds, round((args.steps - step) * seconds / step)
-            speed = f"{step / seconds:.1f} steps/s | {tokens / seconds:.0f} tokens/s"
-            print(f"\x1b[40C| {speed} | {left // 60}:{left % 60:02d} left\x1b[K", end="\r", file=sys.stderr)
+            speed = (step - first) / seconds
+            shown, left = seconds, round((args.steps - step) / speed)
+            rates = f"{speed:.1f} steps/s | {tokens / seconds:.0f} tokens/s"
+            print(f"\x1b[40C| {rates} | {left // 60}:{left % 60:02d} left\x1b[K", end="\r", file=sys.stderr)
 
-def run(args):
+class Signals:
+    """SIGINT and SIGTERM. In training the first lets the step end; else, and from the second on, they end at once."""
+
+    def __init__(self):
+        self.caught, self.training, self.saved = 0, False, "nothing was saved"
+        signal.signal(signal.SIGINT, self.catch)
+        signal.signal(signal.SIGTERM, self.catch)
+
+    def catch(self, number, frame):
+        if self.caught:
+            os._exit(128 + number)
+        self.caught = number
+        if not self.training:
+            raise KeyboardInterrupt
+
+def run(args, signals):
     """All that a command line asks for, from the corpus to the last sample."""
     gc.disable()  # nothing here makes reference cycles, so the collector would find nothing
     rng = random.Random(args.seed)
@@ -1073,9 +1324,13 @@ def run(args):
     print(f"num docs: {len(docs)}")
     tokenizer, docs, encode = tokenize(args, docs, held_out)
     print(f"vocab size: {tokenizer.vocab_size}")
-    config = Config(tokenizer.vocab_size, args.layers, args.d_model, args.heads, args.context, args.arch)
-    weights = initial_weights(config, rng)
-    print(f"num params: {sum(len(row) for rows in weights.values() for row in rows)}")
+    state, rng = args.state, args.rng or rng
+    if state is None:
+        config = Config(tokenizer.vocab_size, args.layers, args.d_model, args.heads, args.context, args.arch)
+        weights = initial_weights(config, rng)
+        state = State(config, tokenizer, weights, zeros(weights), zeros(weights))
+    config, weights = state.config, state.weights
+    print(f"num params: {sum(map(len, chain(*weights.values())))}")
 
     engine = {"scalar": Scalar, "tensor": Tensor}[args.engine]
     prompt = tokenizer.encode(args.prompt)
@@ -1095,14 +1350,26 @@ def run(args):
     def rate_at(step):
         return learning_rate(step, args.steps, args.lr, args.warmup_steps, SCHEDULES[args.schedule])
 
+    def save():
+        if args.save:
+            state.save(args.save, {name: value for name, value in vars(args).items() if name not in NOT_SAVED}, rng)
+            signals.saved = f"step {state.step} is saved in {args.save}"
+
+    if args.save:
+        try_to_write(args.save)
     optimizer, settings = OPTIMIZERS[args.optimizer], {"beta1": args.beta1, "beta2": args.beta2, "eps": args.eps}
     if args.weight_decay is not None:
         settings["weight_decay"] = args.weight_decay
     if args.clip_grad is not None:
         optimizer = clipped(optimizer, args.clip_grad)
-    m, v = zeros(weights), zeros(weights)
-    training = train(engine, config, weights, m, v, batch_at, args.steps, rate_at, optimizer, **settings)
-    watch(args, training, validate, sample_text)
+    moments = state.m, state.v, batch_at, args.steps, rate_at, optimizer, state.step
+    signals.training = True
+    watch(args, state, train(engine, config, weights, *moments, **settings), validate, sample_text, save, signals)
+    if args.steps == 0 and not args.state:
+        save()
+    signals.training = False
+    if signals.caught:
+        raise KeyboardInterrupt
 
     print()
     if args.samples:
@@ -1110,29 +1377,40 @@ def run(args):
     for i in range(args.samples):
         print(f"sample {i + 1:2d}: {sample_text(rng)}")
 
+def try_to_write(path):
+    """Find out now, and not after hours, whether a checkpoint can be written here."""
+    try:
+        if os.path.isdir(path):
+            raise IsADirectoryError(0, "it is a directory")
+        open(path + ".part", "wb").close()
+        os.remove(path + ".part")
+    except OSError as error:
+        raise UserError(f"cannot save {path}: {error.strerror}") from None
+
 def main(argv=None):
     """Run the command line. Returns its exit status."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # None: it was closed before we began
         stream.reconfigure(errors="backslashreplace")  # a character that a terminal lacks must not end a run
         setattr(sys, name, stream)
+    signals, message, status = Signals(), None, 0
     try:
-        run(parse_args(argv))
+        run(parse_args(argv), signals)
         sys.stdout.flush()
-        return 0
     except KeyboardInterrupt:
-        return 130
+        message, status = f"interrupted: {signals.saved}", 128 + signals.caught
+    except UserError as error:
+        message, status = f"error: {error}", error.status
     except BrokenPipeError:  # whoever read the output has gone, as `head` does: nothing more to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except UserError as error:
-        message = error
+        status = 1
     except OSError as error:
-        message = f"cannot write the output: {error.strerror}"
+        message, status = f"error: cannot write the output: {error.strerror}", 1
     except MemoryError:
-        message = "there is not enough memory for this corpus and model"
-    print(f"microgpt: error: {message}", file=sys.stderr)
-    return 1
+        message, status = "error: there is not enough memory for this corpus and model", 1
+    if message:
+        print(f"microgpt: {message}", file=sys.stderr)
+    return status
 
 if __name__ == "__main__":
     sys.exit(main())

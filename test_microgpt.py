@@ -11,16 +11,21 @@ reference's names, for the run that must come out the same, and the yardstick, w
 """
 import cmath
 import gc
+import io
+import json
 import math
 import os
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import unittest
+import unittest.mock
+from array import array
 from collections import Counter
 from operator import mul
 
@@ -82,6 +87,28 @@ class Files(Test):
         with open(path, "wb") as file:
             file.write(content if isinstance(content, bytes) else content.encode())
         return path
+
+    def run_script(self, *flags, env=None, script=SCRIPT):
+        """Run microgpt.py as a process in the test's folder; its output as text, carriage returns kept."""
+        done = subprocess.run(
+            [sys.executable, script, *flags],
+            cwd=self.folder.name,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8", **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            timeout=120,
+        )
+        done.stdout = done.stdout.decode().replace(os.linesep, "\n")
+        done.stderr = done.stderr.decode().replace(os.linesep, "\n")
+        return done
+
+    def assertRefused(self, status, pattern, *flags):
+        """The run ends with this status and one line that matches."""
+        done = self.run_script(*flags)
+        self.assertEqual((done.returncode, done.stderr.count("\n")), (status, 1), done.stderr)
+        self.assertRegex(done.stderr, r"^microgpt: error: .*(" + pattern + ")")
+        return done
 
 
 class TestDataset(Files):
@@ -773,32 +800,344 @@ class TestOptimizers(Test):
         self.assertAlmostEqual(rate("constant", 109), 0.5, 12)
 
 
+# 15. Checkpoints ------------------------------------------------------------------------------------------
+
+
+class TestCheckpoints(Files):
+    def setUp(self):
+        super().setUp()
+        names = microgpt.read_documents([os.path.join(HERE, "input.txt")])[:60]
+        self.corpus = self.file("names.txt", "\n".join(names))
+        self.path = os.path.join(self.folder.name, "run.safetensors")
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.addCleanup(lambda: [signal.signal(*pair) for pair in handlers.items()])
+        self.addCleanup(gc.enable)
+
+    def main(self, *flags):
+        """Run the command line in this process. Returns status, standard output and standard error."""
+        streams, before = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in "oe"], (sys.stdout, sys.stderr)
+        sys.stdout, sys.stderr = streams
+        try:
+            status = microgpt.main(["--corpus", self.corpus, *flags])
+        finally:
+            sys.stdout, sys.stderr = before
+        for stream in streams:
+            stream.flush()
+        return (status, *(stream.buffer.getvalue().decode().replace(os.linesep, "\n") for stream in streams))
+
+    def saved(self, *flags):
+        """The bytes of a checkpoint after a few steps."""
+        self.assertEqual(self.main("--steps", "3", "--samples", "0", "--save", self.path, *flags)[::2], (0, ""))
+        with open(self.path, "rb") as file:
+            return file.read()
+
+    def test_a_resumed_run_is_exactly_the_run_that_was_not_interrupted(self):
+        smooth = "--cosine --warmup-steps 7 --batch-size 2"
+        for flags in (
+            *(f"--optimizer {name} {smooth}" for name in microgpt.OPTIMIZERS),
+            "--stream --val-fraction 0.2 --eval-every 10 --gen-every 10",
+            "--arch gpt2 --clip-grad 1 --val-fraction 0.1 --eval-every 15 --gen-every 20 --vocab-size 20",
+            "--stream --vocab-size 30 --batch-size 2 --weight-decay 0.1 --optimizer adamw",
+        ):
+            flags = [*flags.split(), *"--steps 60 --d-model 8 --context 8 --samples 3 --save-every 25 --div-warn 1e9".split()]
+            copies, write = [], microgpt.write_safetensors
+
+            def write_and_copy(path, tensors, metadata):
+                write(path, tensors, metadata)
+                with open(path, "rb") as file:
+                    copies.append(file.read())
+
+            with self.subTest(flags=flags), unittest.mock.patch("microgpt.write_safetensors", write_and_copy):
+                status, whole, _ = self.main(*flags, "--save", self.path)
+                self.assertEqual((status, len(copies)), (0, 3))
+                part = self.file("part.safetensors", copies[0])
+                status, rest, errors = self.main("--resume", part)
+                self.assertEqual(status, 0, errors)
+                self.assertEqual(copies[-1], copies[2])
+                self.assertEqual(rest[rest.index("--- inference") :], whole[whole.index("--- inference") :])
+                self.assertEqual(re.findall(r"loss (\S+)\r", rest), re.findall(r"loss (\S+)\r", whole)[25:])
+
+    def test_a_finished_run_samples_at_once_and_a_longer_one_goes_on(self):
+        self.saved()
+        before = os.stat(self.path).st_mtime_ns
+        status, out, _ = self.main("--resume", self.path, "--samples", "2")
+        self.assertEqual((status, out.count("loss"), out.count("sample ")), (0, 0, 2))
+        self.assertEqual(os.stat(self.path).st_mtime_ns, before)
+        status, out, _ = self.main("--resume", self.path, "--steps", "5", "--lr", "0.5")
+        self.assertEqual(re.findall(r"step +(\d+) /", out), ["4", "5"])
+        state, flags = microgpt.load_state(self.path, random.Random())
+        self.assertEqual((state.step, flags["steps"], flags["lr"]), (5, 5, 0.5))
+
+    def test_saving_goes_elsewhere_if_told_so(self):
+        content, other = self.saved(), os.path.join(self.folder.name, "other.safetensors")
+        self.main("--resume", self.path, "--steps", "5", "--save", other)
+        with open(self.path, "rb") as file:
+            self.assertEqual(file.read(), content)
+        self.assertEqual(microgpt.load_state(other, random.Random())[0].step, 5)
+
+    def test_initial_weights_are_saved_by_no_steps(self):
+        self.saved("--steps", "0")
+        state, _ = microgpt.load_state(self.path, random.Random())
+        rng = random.Random(42)
+        rng.shuffle(list(range(60)))
+        self.assertEqual(state.weights, microgpt.initial_weights(state.config, rng))
+
+    def test_a_flag_that_contradicts_the_model_is_refused_with_both_values(self):
+        self.saved("--vocab-size", "9")
+        for flags, message in (
+            ("--d-model 32", "--d-model 32 contradicts .*, which has 16"),
+            ("--layers 2", "--layers 2 contradicts .*, which has 1"),
+            ("--vocab-size 5", "--vocab-size 5 contradicts .*, which has 9"),
+            ("--arch gpt2", "--arch gpt2 contradicts .*, which has microgpt"),
+        ):
+            status, _, errors = self.main("--resume", self.path, *flags.split())
+            self.assertEqual((status, errors.count("\n")), (2, 1))
+            self.assertRegex(errors, "^microgpt: error: " + message)
+
+    def test_a_corpus_with_new_characters_is_refused(self):
+        self.saved()
+        self.corpus = self.file("other.txt", "\u03b1\u03b2\u03b3")
+        status, out, errors = self.main("--resume", self.path, "--steps", "9")
+        self.assertEqual((status, errors.count("\n"), "step" in out), (1, 1, False))
+        self.assertIn("\u03b1", errors)
+
+    def test_what_safetensors_asks_of_a_file(self):
+        content = self.saved()
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        self.assertEqual(length % 8, 0)
+        self.assertTrue(all(type(value) is str for value in header.pop("__metadata__").values()))
+        state, _ = microgpt.load_state(self.path, random.Random())
+        for name, entry in header.items():
+            start, stop = entry["data_offsets"]
+            numbers = array("d", content[8 + length + start : 8 + length + stop]).tolist()
+            matrix, kind = state.weights, name.split(".")
+            if kind[0] == "optimizer":
+                matrix, name = getattr(state, kind[1]), ".".join(kind[2:])
+            self.assertEqual((numbers, entry["dtype"]), (flat(matrix[name]), "F64"))
+            self.assertEqual(entry["shape"], [len(matrix[name]), len(matrix[name][0])])
+
+    def rewritten(self, change_header=None, dtype=None):
+        """The saved file, its header changed, or its weights alone in another type."""
+        content = self.saved()
+        length = int.from_bytes(content[:8], "little")
+        header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+        if dtype:
+            parts, at, metadata = [], 0, header.pop("__metadata__")
+            for name in [name for name in header if not name.startswith("optimizer.")]:
+                start, stop = header[name]["data_offsets"]
+                parts.append(array("f", array("d", data[start:stop])).tobytes())
+                header[name].update(dtype="F32", data_offsets=[at, at + len(parts[-1])])
+                at += len(parts[-1])
+            header = {name: entry for name, entry in header.items() if not name.startswith("optimizer.")}
+            header["__metadata__"], data = metadata, b"".join(parts)
+        if change_header:
+            header = change_header(header)
+        text = header if isinstance(header, bytes) else json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + data
+
+    def test_weights_in_single_precision_resume(self):
+        self.file("run.safetensors", self.rewritten(dtype="F32"))
+        status, out, errors = self.main("--resume", self.path, "--steps", "5", "--samples", "1")
+        self.assertEqual((status, errors, out.count("loss")), (0, "", 2))
+
+    def test_damaged_files_are_one_line_and_cost_nothing(self):
+        content = self.saved()
+        rng, length = random.Random(9), int.from_bytes(content[:8], "little")
+        base = {"__metadata__": {}}
+        damaged = [content[:n] for n in [*range(10), 8 + length - 1, 8 + length, 8 + length + 1, len(content) - 1]]
+        damaged += [content[: rng.randrange(len(content))] for _ in range(100)]
+        damaged += [content + b"x", b"", b"{}", b"\0" * 100, content[8:], content * 2]
+        for n in (0, 1, 7, length - 1, length + 1, len(content), 2**32, 2**63, 2**64 - 1):
+            damaged.append(n.to_bytes(8, "little") + content[8:])
+        for text in (b"[" * 100_000, b'{"a":' * 100_000, b"1" * 100_000, b"null", b"[]", b"{}", b'{"a":1}', b'"a"', b"\xff",
+                     b" " * 3_000_000, b"[" + b"{}," * 1_000_000 + b"{}]", b'{"__metadata__":[]}', b'{"__metadata__":{"a":1}}',
+                     b'{"__metadata__":{},"__metadata__":{}}', b'{"__metadata__":{},"a":{"dtype":NaN}}'):
+            damaged.append(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+        def metadata(name, value):
+            def change(header):
+                header["__metadata__"][name] = value
+                return header
+            return change
+
+        def entry(key, value, name="wpe"):
+            def change(header):
+                header[name][key] = value
+                return header
+            return change
+
+        def without(name):
+            return lambda header: {key: value for key, value in header.items() if key != name}
+
+        def renamed(old, new):
+            return lambda header: {new if key == old else key: value for key, value in header.items()}
+
+        def repeated(header):
+            text = json.dumps(header)
+            return ('{"wpe": ' + json.dumps(header["wpe"]) + ", " + text[1:]).encode()
+
+        changes = [lambda header: base, without("__metadata__"), without("wte"), without("optimizer.m.wte"), repeated,
+                   renamed("wpe", "wpf"), renamed("optimizer.v.wpe", "optimizer.w.wpe"), renamed("wpe", "a\nb")]
+        for key in ("dtype", "shape", "data_offsets"):
+            for value in (None, 1, "F64x", "BF16", [], [1], [16, 16, 1], [0, 16], [-16, -16], [16.0, 16], ["16", 16], [True, 256],
+                          [16, 10**18], [0, 2**63], {"a": 1}, [[16], 16], [0, 0], [8, 2056], [8, 32], [256, 1]):
+                changes.append(entry(key, value))
+        for name in ("microgpt", "config", "characters", "merges", "step", "recent", "flags", "random"):
+            for value in ("", "null", "[]", "{}", "2", "-1", '"x"', "[" * 5000, "1e999", "NaN", "[[0, 1]]", "[1, 2, 3]", "9" * 5000):
+                if (name, value) not in (("step", "2"), ("merges", "[]"), ("flags", "{}")):
+                    changes.append(metadata(name, value))
+            changes.append(lambda header, name=name: {**header, "__metadata__": {
+                key: value for key, value in header["__metadata__"].items() if key != name}})
+        config = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["config"])
+        for name, value in (("n_layer", 10**9), ("n_embd", 16.0), ("n_head", 3), ("n_head", True), ("block_size", 10**18),
+                            ("arch", "x"), ("arch", ["gpt2"]), ("vocab_size", 25), ("n_embd", "16"), ("x", 1)):
+            changes.append(metadata("config", json.dumps({**config, name: value})))
+        doubling = [[26 + i, 26 + i] for i in range(60)]
+        changes += [metadata("merges", json.dumps(m)) for m in ([[0, 99]], [[0]], [[-1, 0]], [["a", "b"]], [[0, 0]] + doubling)]
+        flags = {"steps": "x", "lr": -1, "nonsense": 1, "d_model": 32, "corpus": {"a": 1}, "heads": 3, "resume": "x", "batch_size": 0}
+        changes += [metadata("flags", json.dumps({name: value})) for name, value in flags.items()]
+        damaged += [self.rewritten(change) for change in changes]
+        for number in (math.nan, math.inf, -math.inf):
+            at = 8 + length + 8 * rng.randrange((len(content) - 8 - length) // 8)
+            damaged.append(content[:at] + array("d", [number]).tobytes() + content[at + 8 :])
+        surely = len(damaged)
+        while len(damaged) < 520:  # flipped bits need not be noticed, a digit may become another
+            at = rng.randrange(8 + length)
+            damaged.append(content[:at] + bytes([content[at] ^ (1 << rng.randrange(8))]) + content[at + 1 :])
+        for i, content in enumerate(damaged):
+            self.file("run.safetensors", content)
+            start = time.perf_counter()
+            try:
+                status, out, errors = self.main("--resume", self.path, "--steps", "0", "--samples", "0")
+            except Exception as error:
+                self.fail(f"file {i}: {error!r}")
+            self.assertLess(time.perf_counter() - start, 5 if sys.implementation.name == "pypy" else 1.5, i)
+            if status or i < surely:
+                self.assertEqual((status, errors.count("\n"), out), (1, 1, ""), (i, errors))
+                self.assertRegex(errors, "^microgpt: error: .*run.safetensors.* is not a ")
+
+    def test_a_full_disk_leaves_the_old_checkpoint_and_no_litter(self):
+        if not hasattr(os, "fork"):
+            self.skipTest("needs a limit on the size of files")
+        content = self.saved()
+        code = "import resource, sys, microgpt; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
+        code += "sys.exit(microgpt.main(sys.argv[1:]))"
+        done = subprocess.run(
+            [sys.executable, "-c", code, "--resume", self.path, "--steps", "6", "--samples", "0"],
+            cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stderr.decode(), "^microgpt: error: cannot save .*run.safetensors: [^\n]*\n$")
+        with open(self.path, "rb") as file:
+            self.assertEqual(file.read(), content)
+        self.assertEqual(sorted(os.listdir(self.folder.name)), ["names.txt", "run.safetensors"])
+
+    def test_a_place_that_cannot_be_written_is_refused_before_the_first_step(self):
+        for path in (os.path.join(self.folder.name, "no", "such", "folder", "x"), self.folder.name):
+            status, out, errors = self.main("--save", path, "--steps", "1")
+            self.assertEqual((status, errors.count("\n"), out.count("step")), (1, 1, 0))
+            self.assertRegex(errors, "^microgpt: error: cannot save ")
+        self.assertEqual(os.listdir(self.folder.name), ["names.txt"])
+
+    def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(self):
+        content = self.saved()
+        status, out, errors = self.main("--resume", self.path, "--steps", "9", "--lr", "1e300", "--save-every", "1")
+        self.assertEqual((status, errors.count("\n")), (1, 1))
+        microgpt.load_state(self.path, random.Random())
+
+    def test_a_million_weights_are_saved_and_loaded_in_about_a_second(self):
+        config = Config(50, 5, 128, 4, 64)
+        weights = microgpt.initial_weights(config, random.Random(1))
+        self.assertGreater(sum(len(row) for rows in weights.values() for row in rows), 990_000)
+        tokenizer = CharTokenizer([chr(97 + i) for i in range(49)])
+        state = microgpt.State(config, tokenizer, weights, microgpt.zeros(weights), microgpt.zeros(weights))
+        start = time.perf_counter()
+        state.save(self.path, {}, random.Random(1))
+        middle = time.perf_counter()
+        loaded, _ = microgpt.load_state(self.path, random.Random())
+        self.assertLess(max(middle - start, time.perf_counter() - middle), 3)
+        self.assertEqual(loaded.weights, weights)
+
+    def start(self, *flags):
+        """A long run as a process that has begun to train."""
+        process = subprocess.Popen(
+            [sys.executable, SCRIPT, "--corpus", self.corpus, "--steps", "1000000", *flags],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.addCleanup(process.stderr.close)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.kill)
+        return process
+
+    @unittest.skipIf(os.name == "nt", "needs POSIX signals")
+    def test_a_signal_in_training_ends_the_step_and_saves(self):
+        for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            process = self.start("--save", self.path)
+            process.stdout.read(5000)
+            process.send_signal(number)
+            out, errors = process.communicate(timeout=60)
+            self.assertEqual(process.returncode, status)
+            self.assertRegex(errors.decode(), r"^microgpt: interrupted: step \d+ is saved in .*run.safetensors\n$")
+            self.assertNotIn(b"sample", out)
+            state, _ = microgpt.load_state(self.path, random.Random())
+            self.assertIn(f"step {state.step} is saved", errors.decode())
+            process = self.start()
+            process.stdout.read(5000)
+            process.send_signal(number)
+            self.assertEqual(process.communicate(timeout=60)[1], b"microgpt: interrupted: nothing was saved\n")
+            self.assertEqual(process.returncode, status)
+
+    @unittest.skipIf(os.name == "nt", "needs POSIX signals")
+    def test_a_second_signal_ends_at_once(self):
+        process = self.start("--engine", "scalar", "--context", "64", "--batch-size", "60", "--stream", "--save", self.path)
+        while b"params" not in process.stdout.readline():
+            pass
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        start = time.perf_counter()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        self.assertEqual(process.returncode, 130)
+        self.assertLess(time.perf_counter() - start, 1)
+
+    @unittest.skipIf(os.name == "nt", "needs POSIX signals")
+    def test_a_signal_in_sampling_or_learning_of_merges_ends_at_once(self):
+        process = self.start("--steps", "1", "--samples", "1000000", "--save", self.path)
+        process.stdout.read(20000)
+        process.send_signal(signal.SIGINT)
+        self.assertRegex(process.communicate(timeout=60)[1], b"^microgpt: interrupted: step 1 is saved in ")
+        self.assertEqual(process.returncode, 130)
+        rng = random.Random(1)
+        self.corpus = self.file("long.txt", "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=3_000_000)))
+        process = self.start("--stream", "--vocab-size", "50000")
+        time.sleep(1.5)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.communicate(timeout=60)[1], b"microgpt: interrupted: nothing was saved\n")
+        self.assertEqual(process.returncode, 143)
+
+    @unittest.skipIf(os.name == "nt", "needs POSIX signals")
+    def test_killed_at_any_moment_the_file_is_whole(self):
+        rng, loaded = random.Random(7), 0
+        for i in range(30):
+            process = self.start("--save", self.path, "--save-every", "1")
+            process.stdout.read(300)
+            time.sleep(rng.uniform(0, 0.15))
+            process.kill()
+            process.communicate()
+            if os.path.exists(self.path):
+                microgpt.load_state(self.path, random.Random())
+                loaded += 1
+        self.assertGreater(loaded, 25)
+        state, _ = microgpt.load_state(self.path, random.Random())
+        steps = str(state.step + 2)
+        status, out, errors = self.main("--resume", self.path, "--steps", steps, "--samples", "0")
+        self.assertEqual((status, errors, out.count("loss")), (0, "", 2))
+
+
 # 17. The command line -------------------------------------------------------------------------------------
 
 
 class TestCommandLine(Files):
-    def run_script(self, *flags, env=None, script=SCRIPT):
-        """Run microgpt.py as a process in the test's folder; its output as text, carriage returns kept."""
-        done = subprocess.run(
-            [sys.executable, script, *flags],
-            cwd=self.folder.name,
-            env={**os.environ, "PYTHONIOENCODING": "utf-8", **(env or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            timeout=120,
-        )
-        done.stdout = done.stdout.decode().replace(os.linesep, "\n")
-        done.stderr = done.stderr.decode().replace(os.linesep, "\n")
-        return done
-
-    def assertRefused(self, status, pattern, *flags):
-        """The run ends with this status and one line that matches."""
-        done = self.run_script(*flags)
-        self.assertEqual((done.returncode, done.stderr.count("\n")), (status, 1), done.stderr)
-        self.assertRegex(done.stderr, r"^microgpt: error: .*(" + pattern + ")")
-        return done
-
     def peak_kilobytes(self, *flags):
         """The most memory that a run of its own held."""
         code = "import sys, resource, subprocess; subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True); "
