@@ -886,6 +886,20 @@ def learning_rate(step, steps, lr, warmup, decay):
 HEADER_LIMIT = 4_000_000  # bytes
 
 
+@contextmanager
+def replacing(path):
+    """A file that takes the place of path when it is whole and on the disk; until then that stays as it was."""
+    try:
+        with open(path + ".part", "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".part", path)
+    except OSError as error:
+        if os.path.exists(path + ".part"):
+            os.remove(path + ".part")
+        raise UserError(f"cannot save {path}: {error.strerror or error}") from None
+
 def write_safetensors(path, tensors, metadata):
     """Write matrices and a dictionary of strings to a file, whole or not at all."""
     header, at = {"__metadata__": metadata}, 0
@@ -894,19 +908,10 @@ def write_safetensors(path, tensors, metadata):
         header[name] = {"dtype": "F64", "shape": [len(rows), len(rows[0])], "data_offsets": [start, at]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    try:
-        with open(path + ".part", "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for (row,) in rows_of(tensors):
-                file.write(little_endian(array("d", row)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + ".part", path)
-    except OSError as error:
-        if os.path.exists(path + ".part"):
-            os.remove(path + ".part")
-        raise UserError(f"cannot save {path}: {error.strerror}") from None
-
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (row,) in rows_of(tensors):
+            file.write(little_endian(array("d", row)))
 
 def little_endian(numbers):
     """An array in the byte order of the format, or back."""
@@ -1019,19 +1024,16 @@ def load_state(path, rng):
             raise ValueError("vocabulary")
         if 6 * config.n_layer > len(tensors) or type(fields["step"]) is not int or fields["step"] < 0:
             raise ValueError("step or layers")
-        found = {name: (len(rows), len(rows[0])) for name, rows in tensors.items()}
         parts = []
         for prefix in ("", "optimizer.m.", "optimizer.v."):
-            wanted = {prefix + name: shape for name, shape in shapes(config).items()}
-            parts.append({name[len(prefix) :]: tensors.pop(name) for name in wanted if name in tensors})
-            if parts[-1] or not prefix:
-                if any(found.get(name) != shape for name, shape in wanted.items()):
-                    raise ValueError("the shapes of its matrices")
+            part = {name: tensors.pop(prefix + name) for name in shapes(config) if prefix + name in tensors}
+            if (part or not prefix) and {n: (len(w), len(w[0])) for n, w in part.items()} != shapes(config):
+                raise ValueError("the shapes of its matrices")
+            parts.append(part or zeros(parts[0]))
         if tensors:
-            raise ValueError("unknown matrices")
-        weights, m, v = parts[0], parts[1] or zeros(parts[0]), parts[2] or zeros(parts[0])
+            raise ValueError("matrices that it should not have")
         total, number = fields["recent"]
-        state = State(config, tokenizer, weights, m, v, fields["step"], (float(total), int(number)))
+        state = State(config, tokenizer, *parts, fields["step"], (float(total), int(number)))
         version, numbers, gauss = fields["random"]
         rng.setstate((version, tuple(numbers), gauss))
         return state, fields["flags"]
@@ -1062,12 +1064,11 @@ def download(url, path):
     try:
         with urlopen(url, timeout=5) as response:
             content = response.read()
-        with open(path + ".part", "wb") as file:
-            file.write(content)
-        os.replace(path + ".part", path)
     except Exception as error:  # so much can go wrong on a network
         advice = f"put a text there, a document per line, or name one with --corpus ({url}: {error})"
         raise UserError(f"there is no {path}: {advice}") from None
+    with replacing(path) as file:
+        file.write(content)
     return path
 
 class UsageError(UserError):
@@ -1126,7 +1127,7 @@ def make_parser():
     flag("--beta1 X", share, 0.85, "how long it remembers gradients")
     flag("--beta2 X", share, 0.99, "how long it remembers their squares")
     flag("--eps X", number(float, 1e-20), 1e-8, "keeps it from dividing by 0")
-    flag("--weight-decay X", real, None, "how hard adamw pulls weights to 0 (0.01)")
+    flag("--weight-decay X", real, 0.01, "adamw: how hard it pulls weights to 0")
     flag("--schedule NAME", list(SCHEDULES), "linear", "how the learning rate falls")
     group.add_argument("--cosine", dest="schedule", action="store_const", const="cosine", help="--schedule cosine")
     flag("--warmup-steps N", natural, 0, "steps in which it rises first")
@@ -1137,8 +1138,8 @@ def make_parser():
     group = parser.add_argument_group("watching")
     flag("--val-fraction X", share, 0.0, "share of the corpus to hold out for validation")
     flag("--eval-every N", size, 100, "validate every N steps")
-    flag("--div-warn PCT", real, None, "warn if the validation loss is so much above training (20)")
-    flag("--div-crit PCT", real, None, "stop if it is so much above training")
+    flag("--div-warn PCT", real, None, "warn if the validation loss is so many % above training (20)")
+    flag("--div-crit PCT", real, None, "stop if it is so many % above training")
     flag("--gen-every N", size, None, "show a sample every N steps")
 
     group = parser.add_argument_group("keeping")
@@ -1202,10 +1203,14 @@ def check(args):
         raise UsageError(f"--heads {args.heads} does not divide --d-model {args.d_model}")
     if args.warmup_steps > args.steps:
         raise UsageError(f"--warmup-steps {args.warmup_steps} is longer than the run, --steps {args.steps}")
-    if args.weight_decay is not None and args.optimizer != "adamw":
-        raise UsageError(f"--weight-decay is for --optimizer adamw, not {args.optimizer}")
     if (args.div_warn, args.div_crit) != (None, None):
         args.val_fraction = args.val_fraction or 0.1
+    if args.save and os.path.isdir(args.save):
+        raise UserError(f"cannot save {args.save}: it is a directory")
+    if args.save:  # better to fail now than after hours
+        with replacing(args.save + ".try"):
+            pass
+        os.remove(args.save + ".try")
     return args
 
 def load_corpus(args, rng):
@@ -1244,28 +1249,25 @@ def tokenize(args, docs, held_out):
 # that were held out of training. When it is far above the training loss, both averaged over the same steps, the
 # model has begun to memorize.
 
-def validator(engine, config, weights, tokenizer, held_out, stream):
-    """A function that gives the mean loss over what was held out, or, of a lot, over 128 parts spread over it."""
-    def spread_out(parts):
-        return parts[:: -(-len(parts) // 128)]
-
+def held_out_batch(tokenizer, held_out, stream, block_size):
+    """The token lists that validation is about: at most 128, spread over all that was held out."""
     if stream:
         ids = tokenizer.encode(held_out[0])
-        starts = spread_out(range(0, max(1, len(ids) - 1), config.block_size))
-        batch = [ids[start : start + config.block_size + 1] for start in starts]
+        parts = [ids[start : start + block_size + 1] for start in range(0, len(ids), block_size)]
+        parts = [part for part in parts if len(part) > 1]
     else:
-        docs = [[tokenizer.bos, *tokenizer.encode(doc), tokenizer.bos] for doc in spread_out(held_out)]
-        batch = [doc[: config.block_size + 1] for doc in docs]
-    if len(batch[0]) < 2:
+        some = held_out[:: -(-len(held_out) // 128)]
+        parts = [[tokenizer.bos, *tokenizer.encode(doc), tokenizer.bos][: block_size + 1] for doc in some]
+    if not parts:
         raise UserError("the corpus is too small to hold a part of it out")
+    return parts[:: -(-len(parts) // 128)]
 
-    def validate():
-        with no_grad():
-            w, predicted = engine.wrap(weights), sum(len(tokens) - 1 for tokens in batch)
-            losses = (batch_loss(engine, config, w, [tokens]).data * (len(tokens) - 1) for tokens in batch)
-            return sum(losses) / predicted
-
-    return validate
+def mean_loss(engine, config, weights, batch):
+    """The mean loss over all tokens that a batch predicts, a document at a time and without recording."""
+    with no_grad():
+        w = engine.wrap(weights)
+        losses = [batch_loss(engine, config, w, [tokens]).data * (len(tokens) - 1) for tokens in batch]
+    return sum(losses) / sum(len(tokens) - 1 for tokens in batch)
 
 def watch(args, state, training, validate, sample_text, save, signals):
     """Run a training to its end or to a signal: print its losses and what else was asked for, save now and then."""
@@ -1340,7 +1342,7 @@ def run(args, signals):
     else:
         batch_at = document_batches(docs, encode, tokenizer.bos, args.context, args.batch_size)
         prompt = [tokenizer.bos, *prompt]
-    validate = held_out and validator(engine, config, weights, tokenizer, held_out, args.stream)
+    held_out = held_out and held_out_batch(tokenizer, held_out, args.stream, args.context)
 
     def sample_text(rng):
         how = args.max_tokens or args.context, args.temperature, args.top_k, rng
@@ -1355,16 +1357,15 @@ def run(args, signals):
             state.save(args.save, {name: value for name, value in vars(args).items() if name not in NOT_SAVED}, rng)
             signals.saved = f"step {state.step} is saved in {args.save}"
 
-    if args.save:
-        try_to_write(args.save)
-    optimizer, settings = OPTIMIZERS[args.optimizer], {"beta1": args.beta1, "beta2": args.beta2, "eps": args.eps}
-    if args.weight_decay is not None:
-        settings["weight_decay"] = args.weight_decay
+    optimizer = OPTIMIZERS[args.optimizer]
     if args.clip_grad is not None:
         optimizer = clipped(optimizer, args.clip_grad)
-    moments = state.m, state.v, batch_at, args.steps, rate_at, optimizer, state.step
+    settings = {name: getattr(args, name) for name in ("beta1", "beta2", "eps", "weight_decay")}
+    plan = batch_at, args.steps, rate_at, optimizer, state.step
+    training = train(engine, config, weights, state.m, state.v, *plan, **settings)
+    validate = held_out and (lambda: mean_loss(engine, config, weights, held_out))
     signals.training = True
-    watch(args, state, train(engine, config, weights, *moments, **settings), validate, sample_text, save, signals)
+    watch(args, state, training, validate, sample_text, save, signals)
     if args.steps == 0 and not args.state:
         save()
     signals.training = False
@@ -1376,16 +1377,6 @@ def run(args, signals):
         print(f"--- inference (new, hallucinated {'text' if args.stream else 'names'}) ---")
     for i in range(args.samples):
         print(f"sample {i + 1:2d}: {sample_text(rng)}")
-
-def try_to_write(path):
-    """Find out now, and not after hours, whether a checkpoint can be written here."""
-    try:
-        if os.path.isdir(path):
-            raise IsADirectoryError(0, "it is a directory")
-        open(path + ".part", "wb").close()
-        os.remove(path + ".part")
-    except OSError as error:
-        raise UserError(f"cannot save {path}: {error.strerror}") from None
 
 def main(argv=None):
     """Run the command line. Returns its exit status."""
