@@ -60,8 +60,8 @@ def read_documents(paths, stream=False):
                 docs += [file.read()] if stream else filter(None, map(str.strip, file))
         except UnicodeDecodeError:
             raise UserError(f"{path} is not UTF-8 text: convert it first") from None
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     return ["".join(docs)] if stream else docs
 
 
@@ -896,7 +896,7 @@ def replacing(path):
             os.fsync(file.fileno())
         os.replace(path + ".part", path)
     except OSError as error:
-        if os.path.exists(path + ".part"):
+        if os.path.isfile(path + ".part"):
             os.remove(path + ".part")
         raise UserError(f"cannot save {path}: {error.strerror or error}") from None
 
@@ -908,6 +908,8 @@ def write_safetensors(path, tensors, metadata):
         header[name] = {"dtype": "F64", "shape": [len(rows), len(rows[0])], "data_offsets": [start, at]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > HEADER_LIMIT - 8:
+        raise UserError(f"cannot save {path}: too many matrices or merges")
     with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for (row,) in rows_of(tensors):
@@ -986,11 +988,11 @@ class State:
 
     def save(self, path, flags, rng):
         """Write a checkpoint. Refuses to replace a good one with numbers that are not finite."""
-        if not all(math.isfinite(sum(row)) for (row,) in rows_of(self.weights)):
-            raise UserError(f"the weights have overflowed after step {self.step}: try a lower --lr")
         tensors = dict(self.weights)
         for kind, moments in (("m", self.m), ("v", self.v)):
             tensors.update({f"optimizer.{kind}.{name}": rows for name, rows in moments.items()})
+        if not all(all(map(math.isfinite, row)) for (row,) in rows_of(tensors)):
+            raise UserError(f"the weights have overflowed after step {self.step}: try a lower --lr")
         fields = {
             "microgpt": 1,
             "config": vars(self.config),
@@ -1033,7 +1035,9 @@ def load_state(path, rng):
         if tensors:
             raise ValueError("matrices that it should not have")
         total, number = fields["recent"]
-        state = State(config, tokenizer, *parts, fields["step"], (float(total), int(number)))
+        if type(total) is not float or type(number) is not int or number < 0 or not math.isfinite(total):
+            raise ValueError("recent losses")
+        state = State(config, tokenizer, *parts, fields["step"], (total, number))
         version, numbers, gauss = fields["random"]
         rng.setstate((version, tuple(numbers), gauss))
         return state, fields["flags"]
@@ -1054,7 +1058,10 @@ def find_corpus(patterns):
     if not patterns:
         beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "input.txt")
         return [next(filter(os.path.exists, ("input.txt", beside)), None) or download(NAMES, "input.txt")]
-    matches = [[each] if os.path.exists(each) else glob.glob(each, recursive=True) or [each] for each in patterns]
+    try:
+        matches = [[each] if os.path.exists(each) else glob.glob(each, recursive=True) or [each] for each in patterns]
+    except Exception as error:  # of a pattern that is none, by the version of Python
+        raise UserError(f"--corpus: {error}") from None
     return sorted({os.path.normpath(path) for found in matches for path in found})
 
 def download(url, path):
@@ -1099,7 +1106,7 @@ def make_parser():
     """The flags, by group."""
     about = "Train a GPT on a text and sample from it. Without flags it does what the reference does."
     parser = Parser(prog="microgpt", usage="%(prog)s [flags]", description=about, allow_abbrev=False)
-    natural, size, real, share = number(int, 0), number(int, 1), number(float, 0), number(float, 0, 1)
+    natural, size, real, share = number(int, 0, 10**12), number(int, 1, 10**9), number(float, 0), number(float, 0, 1)
 
     def flag(names, kind, default, help, **more):
         *names, metavar = names.split()
@@ -1133,7 +1140,7 @@ def make_parser():
     flag("--warmup-steps N", natural, 0, "steps in which it rises first")
     flag("--clip-grad X", number(float, 1e-20), None, "the largest norm that all gradients together may have")
     group.add_argument("--no-clip-grad", dest="clip_grad", action="store_const", const=None, help="no such limit")
-    flag("--seed N", int, 42, "seed of the random generator")
+    flag("--seed N", number(int, -(10**12), 10**12), 42, "seed of the random generator")
 
     group = parser.add_argument_group("watching")
     flag("--val-fraction X", share, 0.0, "share of the corpus to hold out for validation")
@@ -1168,11 +1175,13 @@ def parse_args(argv):
     parser = make_parser()
     args = parser.parse_args(argv)
     rng = random.Random()
-    if not args.resume:
+    if args.resume is None:
         args.state, args.rng = None, None
         return check(args)
     state, flags = load_state(args.resume, rng)
     try:
+        if not set(flags) <= set(vars(args)):
+            raise UserError("a flag that there is not")
         saved = parser.parse_args(as_argv(flags))
         config = Config(state.config.vocab_size, saved.layers, saved.d_model, saved.heads, saved.context, saved.arch)
         if config != state.config:
@@ -1201,16 +1210,20 @@ def check(args):
     """Refuse flags that do not go together."""
     if args.d_model % args.heads:
         raise UsageError(f"--heads {args.heads} does not divide --d-model {args.d_model}")
+    if args.layers * 12 * args.d_model**2 + args.context * args.d_model > 10**9:
+        raise UsageError("a model of more than a billion weights is too large for this program")
     if args.warmup_steps > args.steps:
         raise UsageError(f"--warmup-steps {args.warmup_steps} is longer than the run, --steps {args.steps}")
     if (args.div_warn, args.div_crit) != (None, None):
         args.val_fraction = args.val_fraction or 0.1
-    if args.save and os.path.isdir(args.save):
-        raise UserError(f"cannot save {args.save}: it is a directory")
-    if args.save:  # better to fail now than after hours
-        with replacing(args.save + ".try"):
-            pass
-        os.remove(args.save + ".try")
+    if args.save is not None:  # better to fail now than after hours
+        if os.path.exists(args.save) and args.save != args.resume:
+            read_safetensors(args.save)  # nothing but a checkpoint is replaced
+        try:
+            open(args.save + ".part", "wb").close()
+            os.remove(args.save + ".part")
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot save {args.save}: {getattr(error, 'strerror', None) or error}") from None
     return args
 
 def load_corpus(args, rng):
@@ -1300,16 +1313,17 @@ def watch(args, state, training, validate, sample_text, save, signals):
         if sys.stderr.isatty() and seconds > shown + 0.2:
             speed = (step - first) / seconds
             shown, left = seconds, round((args.steps - step) / speed)
-            rates = f"{speed:.1f} steps/s | {tokens / seconds:.0f} tokens/s"
-            print(f"\x1b[40C| {rates} | {left // 60}:{left % 60:02d} left\x1b[K", end="\r", file=sys.stderr)
+            rates = f"{speed:.3g} steps/s, {tokens / seconds:.0f} tokens/s"
+            print(f"\x1b[34C{rates}, {left // 60}:{left % 60:02d} left\x1b[K", end="\r", file=sys.stderr)
 
 class Signals:
     """SIGINT and SIGTERM. In training the first lets the step end; else, and from the second on, they end at once."""
 
     def __init__(self):
         self.caught, self.training, self.saved = 0, False, "nothing was saved"
-        signal.signal(signal.SIGINT, self.catch)
-        signal.signal(signal.SIGTERM, self.catch)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does
+                signal.signal(number, self.catch)
 
     def catch(self, number, frame):
         if self.caught:
@@ -1353,7 +1367,7 @@ def run(args, signals):
         return learning_rate(step, args.steps, args.lr, args.warmup_steps, SCHEDULES[args.schedule])
 
     def save():
-        if args.save:
+        if args.save is not None:
             state.save(args.save, {name: value for name, value in vars(args).items() if name not in NOT_SAVED}, rng)
             signals.saved = f"step {state.step} is saved in {args.save}"
 
@@ -1381,26 +1395,32 @@ def run(args, signals):
 def main(argv=None):
     """Run the command line. Returns its exit status."""
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # None: it was closed before we began
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # None: it was closed before we began
         stream.reconfigure(errors="backslashreplace")  # a character that a terminal lacks must not end a run
         setattr(sys, name, stream)
     signals, message, status = Signals(), None, 0
     try:
-        run(parse_args(argv), signals)
-        sys.stdout.flush()
+        try:
+            run(parse_args(argv), signals)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         message, status = f"interrupted: {signals.saved}", 128 + signals.caught
     except UserError as error:
         message, status = f"error: {error}", error.status
-    except BrokenPipeError:  # whoever read the output has gone, as `head` does: nothing more to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 1
     except OSError as error:
-        message, status = f"error: cannot write the output: {error.strerror}", 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or else Python tries again at its end
+        status = 1
+        if not isinstance(error, BrokenPipeError):  # whoever read the output has gone, as `head` does
+            message = f"error: cannot write the output: {error.strerror}"
     except MemoryError:
         message, status = "error: there is not enough memory for this corpus and model", 1
     if message:
-        print(f"microgpt: {message}", file=sys.stderr)
+        message = "".join(char if char.isprintable() else " " for char in f"microgpt: {message}")
+        try:
+            print("\n" * sys.stderr.isatty() + message, file=sys.stderr, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     return status
 
 if __name__ == "__main__":

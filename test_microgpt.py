@@ -1036,8 +1036,14 @@ class TestCheckpoints(Files):
         for path in (os.path.join(self.folder.name, "no", "such", "folder", "x"), self.folder.name):
             status, out, errors = self.main("--save", path, "--steps", "1")
             self.assertEqual((status, errors.count("\n"), out.count("step")), (1, 1, 0))
-            self.assertRegex(errors, "^microgpt: error: cannot save ")
         self.assertEqual(os.listdir(self.folder.name), ["names.txt"])
+
+    def test_nothing_but_a_checkpoint_is_replaced(self):
+        status, out, errors = self.main("--save", self.corpus, "--steps", "1")
+        self.assertEqual((status, errors.count("\n"), out.count("step")), (1, 1, 0))
+        self.assertEqual(len(microgpt.read_documents([self.corpus])), 60)
+        self.saved()
+        self.saved("--seed", "2")
 
     def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(self):
         content = self.saved()
@@ -1295,7 +1301,7 @@ class TestCommandLine(Files):
         os.close(end)
         shown = os.read(terminal, 10000).decode()
         os.close(terminal)
-        self.assertRegex(shown, r"\d+\.\d steps/s \| \d+ tokens/s \| 0:\d\d left")
+        self.assertRegex(shown, r"\d steps/s, \d+ tokens/s, 0:\d\d left")
         self.assertNotIn(b"steps/s", done.stdout)
 
     def test_help_names_every_group(self):
@@ -1362,11 +1368,28 @@ class TestCommandLine(Files):
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
     def test_a_full_disk_behind_the_output_is_one_line(self):
-        with open("/dev/full", "w") as full:
-            done = subprocess.run(
-                [sys.executable, SCRIPT, "--steps", "1"], cwd=self.folder.name, stdout=full, stderr=subprocess.PIPE)
-        self.assertEqual(done.returncode, 1)
-        self.assertRegex(done.stderr, b"^microgpt: error: cannot write the output: [^\n]*\n$")
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        for unbuffered in ({}, {"PYTHONUNBUFFERED": "1"}):
+            settings = {"cwd": self.folder.name, "env": {**environment, **unbuffered}}
+            command = [sys.executable, SCRIPT, "--steps", "1"]
+            with open("/dev/full", "w") as full:
+                done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, **settings)
+                self.assertEqual(done.returncode, 1)
+                self.assertRegex(done.stderr, b"^microgpt: error: cannot write the output: [^\n]*\n$")
+                done = subprocess.run([*command, "--nonsense"], stdout=subprocess.PIPE, stderr=full, **settings)
+                self.assertEqual((done.returncode, done.stdout), (2, b""))
+            reader, writer = os.pipe()
+            os.close(reader)
+            for flags in (["--help"], ["--prompt", "9"]):
+                done = subprocess.run([*command, *flags], stdout=writer, stderr=subprocess.PIPE, **settings)
+                self.assertIn((done.returncode, done.stderr), ((0, b""), (1, b"")), flags)
+            os.close(writer)
+
+    def test_odd_arguments_are_still_one_line(self):
+        self.assertRefused(1, "cannot read no such", "--corpus", "no\nsuch")
+        self.assertRefused(2, "unrecognized arguments: --a b", "--a\nb")
+        self.assertRefused(2, "more than a billion weights", "--d-model", "99999", "--heads", "1")
+        self.assertRefused(2, "--steps", "--steps", "9" * 400)
 
     def test_text_that_the_terminal_cannot_show(self):
         self.file("input.txt", "é😀\n")
