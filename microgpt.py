@@ -11,13 +11,14 @@ it that make its guesses good. This file holds all of that and needs nothing but
 each is a place to stop:
 
     Part one    the complete algorithm, one number at a time              sections 1 to 8
-    Part two    the same, much faster: whole matrices, longer tokens      sections 9 and 10
-    Part three  a tool for every day                                      sections 14 and 17
+    Part two    the same, much faster: whole matrices, longer tokens      sections 9 to 11
+    Part three  a tool for every day                                      sections 14 to 17
 
 Given the same input.txt and no flags, it draws the same random numbers and prints the same figures as microgpt by
 Andrej Karpathy, below called the reference.
 """
 import argparse
+import atexit
 import gc
 import glob
 import json
@@ -817,6 +818,64 @@ class BPETokenizer(CharTokenizer):
         return text
 
 
+# 11. The GPU ----------------------------------------------------------------------------------------------
+#
+# A GPU multiplies thousands of numbers at once, but they must travel there and back. So the engine vulkan is the
+# engine Tensor with its big matrix products sent to vulkan_gemm.py, a sidecar that speaks to any GPU through the
+# system's Vulkan loader, and the small ones left here. Where the line lies is measured in a moment at the start:
+# a product takes here so long for each multiplication, there so long at least, and so long for each number sent.
+
+def use_gpu():
+    """From now on send the products that gain by it to the GPU. Raises a UserError if there is no loader, no device
+    or no memory."""
+    global matmul, matmuls
+    try:
+        from vulkan_gemm import VulkanError, VulkanGemm
+    except ImportError:
+        raise UserError("--vulkan needs vulkan_gemm.py beside microgpt.py") from None
+
+    def asked(method, *args, **settings):
+        try:
+            return method(*args, **settings)
+        except VulkanError as error:
+            raise UserError(f"the GPU cannot go on: {error}") from None
+
+    def seconds(product, n):
+        """The time of a product of n x n matrices, the best of three."""
+        a, times = [[random.random() for _ in range(n)] for _ in range(n)], []
+        for _ in range(4):
+            start = time.perf_counter()
+            product(a, a)
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    gpu, cpu_matmul, cpu_matmuls = asked(VulkanGemm), matmul, matmuls
+    atexit.register(gpu.close)
+    a_term = seconds(cpu_matmul, 32) / 32**3
+    a_trip = seconds(lambda *ab: asked(gpu.matmul, *ab), 8)
+    a_number = (seconds(lambda *ab: asked(gpu.matmul, *ab), 192) - a_trip) / (3 * 192 * 192)
+
+    def gain(a, b, transpose_a, transpose_b):
+        """Seconds that a product costs less on the GPU, the trip there and back not counted."""
+        (m, k), n = (len(a), len(a[0])), len(b) if transpose_b else len(b[0])
+        m, k = (k, m) if transpose_a else (m, k)
+        filled = 1.0
+        for rows in (a, b):
+            if is_sparse(rows):
+                filled *= sum(len(row.index) for row in rows) / (len(rows) * len(rows[0]))
+        return m * n * k * filled * a_term - (m * k + k * n + m * n) * a_number
+
+    def matmul(a, b, transpose_a=False, transpose_b=False, where=None):
+        if gain(a, b, transpose_a, transpose_b) < a_trip:
+            return cpu_matmul(a, b, transpose_a, transpose_b, where)
+        return asked(gpu.matmul, a, b, transpose_a, transpose_b)
+
+    def matmuls(a, b, transpose_a=False, transpose_b=False):
+        if sum(gain(x, y, transpose_a, transpose_b) for x, y in zip(a, b)) < a_trip:
+            return cpu_matmuls(a, b, transpose_a=transpose_a, transpose_b=transpose_b)
+        return asked(gpu.matmuls, a, b, transpose_a, transpose_b)
+
+
 # ==========================================================================================================
 # PART THREE: A TOOL FOR EVERY DAY
 # ==========================================================================================================
@@ -1162,7 +1221,8 @@ def make_parser():
     flag("--max-tokens N", size, None, "at most so many new tokens a sample (the context)")
 
     group = parser.add_argument_group("engine")
-    flag("--engine NAME", ["scalar", "tensor"], "tensor", "scalar: part one alone, slow and plain")
+    flag("--engine NAME", ["scalar", "tensor", "vulkan"], "tensor", "scalar: part one alone; vulkan: on the GPU")
+    group.add_argument("--vulkan", dest="engine", action="store_const", const="vulkan", help="--engine vulkan")
 
     return parser
 
@@ -1348,7 +1408,9 @@ def run(args, signals):
     config, weights = state.config, state.weights
     print(f"num params: {sum(map(len, chain(*weights.values())))}")
 
-    engine = {"scalar": Scalar, "tensor": Tensor}[args.engine]
+    engine = Scalar if args.engine == "scalar" else Tensor
+    if args.engine == "vulkan":
+        use_gpu()
     prompt = tokenizer.encode(args.prompt)
     if args.stream:
         batch_at = stream_batches(docs[0], encode, args.context, args.batch_size, rng)

@@ -17,6 +17,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -30,6 +31,7 @@ from collections import Counter
 from operator import mul
 
 import microgpt
+import vulkan_gemm
 from microgpt import CharTokenizer, Config, Scalar, Tensor, UserError, Value
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -714,6 +716,204 @@ class TestBPE(Test):
         merges, _ = microgpt.learn_merges(strings, 200, new)
         microgpt.BPETokenizer([text], merges).encode(text)
         self.assertLess(time.perf_counter() - start, 6)
+
+
+# 11. The GPU ----------------------------------------------------------------------------------------------
+
+
+def why_no_vulkan():
+    """What keeps this machine from running Vulkan, or None."""
+    try:
+        vulkan_gemm.VulkanGemm().close()
+    except vulkan_gemm.VulkanError as error:
+        return f"needs Vulkan: {error}"
+
+
+NO_VULKAN = why_no_vulkan()
+LAYER = "VK_LAYER_KHRONOS_validation"
+HAS_LAYER = any(
+    os.path.exists(os.path.join(folder, "vulkan", "explicit_layer.d", LAYER + ".json"))
+    or os.path.exists(os.path.join(folder, "vulkan", "explicit_layer.d", "VkLayer_khronos_validation.json"))
+    for folder in ("/usr/share", "/usr/local/share", "/etc")
+)
+PRODUCTS = """
+import random, sys, vulkan_gemm
+with vulkan_gemm.VulkanGemm(force_staging=sys.argv[1] == "staging") as gpu:
+    for n in (1, 5, 64, 100, 17):
+        a = [[random.random() for _ in range(n)] for _ in range(n)]
+        gpu.matmuls([a, a, a[:1]], [a, a, a], transpose_b=True)
+"""
+
+
+class TestShader(Test):
+    def test_the_shipped_shader_is_that_of_gemm_comp(self):
+        self.assertEqual(vulkan_gemm.source_hash(), vulkan_gemm.SHADER_SHA256)
+
+    @unittest.skipUnless(shutil.which("spirv-val"), "needs spirv-val")
+    def test_spirv_val_accepts_the_shipped_shader(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "gemm.spv")
+            with open(path, "wb") as file:
+                file.write(vulkan_gemm.load_shader())
+            done = subprocess.run(["spirv-val", path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            self.assertEqual((done.returncode, done.stdout), (0, b""))
+
+    def test_an_edited_shader_needs_a_compiler(self):
+        with unittest.mock.patch("vulkan_gemm.source_hash", lambda: "edited"), \
+             unittest.mock.patch("shutil.which", lambda name: None):
+            with self.assertRaisesRegex(vulkan_gemm.VulkanError, "edited.*glslc"):
+                vulkan_gemm.load_shader()
+
+    def test_without_a_loader_one_error_says_so(self):
+        def missing(*args):
+            raise OSError("no such library")
+
+        with unittest.mock.patch("ctypes.CDLL", missing):
+            with self.assertRaisesRegex(vulkan_gemm.VulkanError, "^no Vulkan loader[^\n]*$"):
+                vulkan_gemm.VulkanGemm()
+
+
+@unittest.skipIf(NO_VULKAN, NO_VULKAN)
+class TestVulkan(Files):
+    def matrices(self, rng, shapes, transpose_a, transpose_b):
+        a = [normal(rng, *((k, m) if transpose_a else (m, k))) for m, n, k in shapes]
+        b = [normal(rng, *((n, k) if transpose_b else (k, n))) for m, n, k in shapes]
+        return a, b
+
+    def check(self, a, b, c, transpose_a, transpose_b, rng):
+        """Some entries of c = op(a) op(b), each within 1e-5 sqrt(K) of the norms."""
+        rows = microgpt.transpose(a) if transpose_a else a
+        columns = b if transpose_b else microgpt.transpose(b)
+        self.assertEqual((len(c), {len(row) for row in c}), (len(rows), {len(columns)}))
+        for _ in range(60):
+            i, j = rng.randrange(len(rows)), rng.randrange(len(columns))
+            size = math.sqrt(math.fsum(x * x for x in rows[i]) * math.fsum(x * x for x in columns[j]))
+            error = abs(c[i][j] - math.fsum(map(mul, rows[i], columns[j])))
+            self.assertLessEqual(error, 1e-5 * math.sqrt(len(rows[i])) * size)
+
+    def test_random_shapes_transposes_and_batches_against_plain_python(self):
+        rng = random.Random(1)
+        for staging in (False, True):
+            with vulkan_gemm.VulkanGemm(force_staging=staging) as gpu:
+                for _ in range(6):
+                    top = rng.choice((9, 70, 300))
+                    shapes = [[rng.randint(1, top) for _ in range(3)] for _ in range(rng.randint(1, 3))] * rng.randint(1, 2)
+                    for how in ((False, False), (True, False), (False, True), (True, True)):
+                        a, b = self.matrices(rng, shapes, *how)
+                        for buffer in gpu.buffers:  # what was there before must not matter
+                            if buffer.view is not None:
+                                buffer.view[:] = b"\xff" * len(buffer.view)
+                        for x, y, c in zip(a, b, gpu.matmuls(a, b, *how)):
+                            self.check(x, y, c, *how, rng)
+
+    def test_nan_and_infinity_pass_through_and_stay_where_they_belong(self):
+        with vulkan_gemm.VulkanGemm() as gpu:
+            (a, b), (c, d), (e, f) = gpu.matmul([[1.0, math.inf], [math.nan, 0.0], [1.0, 1.0]], [[1.0, 2.0], [3.0, 0.0]])
+            self.assertEqual((a, e, f), (math.inf, 4.0, 2.0))
+            self.assertTrue(all(map(math.isnan, (b, c, d))))
+
+    def test_shapes_that_do_not_fit_are_refused(self):
+        with vulkan_gemm.VulkanGemm() as gpu:
+            for a, b in (([], []), ([[1.0]], [[1.0], [2.0]]), ([[1.0], [1.0, 2.0]], [[1.0]])):
+                with self.assertRaises(ValueError):
+                    gpu.matmul(a, b)
+
+    @unittest.skipUnless(os.path.exists("/proc/self/statm"), "reads /proc")
+    def test_many_products_and_many_openings_leak_nothing(self):
+        def pages():
+            gc.collect()
+            with open("/proc/self/statm") as file:
+                return int(file.read().split()[1])
+
+        def products(gpu, n, rng=random.Random(2)):
+            for _ in range(n):
+                m, n, k = (rng.randint(1, 24) for _ in range(3))
+                gpu.matmul([[0.5] * k] * m, [[0.5] * n] * k)
+
+        with vulkan_gemm.VulkanGemm() as gpu:
+            products(gpu, 300)
+            before = pages()
+            products(gpu, 2000)
+            self.assertLess(pages() - before, 1000)
+        for i in range(100):
+            before = pages() if i == 30 else before
+            with vulkan_gemm.VulkanGemm() as gpu:
+                gpu.matmul([[1.0]], [[1.0]])
+            gpu.close()
+        limit = 10_000 if sys.implementation.name == "pypy" else 1000
+        self.assertLess(pages() - before, limit)
+
+    def test_every_call_that_fails_is_one_error_that_names_it(self):
+        real = vulkan_gemm.Vulkan._checked
+        calls = [name for name, kind, _ in re.findall(r"(\w+)([=:])(\w+)", vulkan_gemm.FUNCTIONS) if kind == "="]
+        self.assertIn("vkQueueSubmit", calls)
+        for name, code, words in [(name, -2, "OUT_OF_DEVICE_MEMORY") for name in calls] + [("vkQueueSubmit", -4, "DEVICE_LOST")]:
+            def failing(each, function):
+                def call(*args):
+                    vulkan_gemm.check(name, code) if each == name else checked(*args)
+                checked = real(each, function)
+                return call
+
+            with self.subTest(name), unittest.mock.patch.object(vulkan_gemm.Vulkan, "_checked", staticmethod(failing)):
+                try:
+                    with vulkan_gemm.VulkanGemm() as gpu:
+                        gpu.matmul([[1.0]], [[1.0]])
+                except vulkan_gemm.VulkanError as error:
+                    self.assertRegex(str(error), f"^{name}: VK_ERROR_{words}[^\n]*$")
+        with vulkan_gemm.VulkanGemm() as gpu:
+            self.assertEqual(gpu.matmul([[2.0]], [[3.0]]), [[6.0]])
+
+    @unittest.skipUnless(HAS_LAYER, "needs the Khronos validation layer")
+    def test_the_validation_layer_has_nothing_to_say(self):
+        fresh = self.file("fresh.py", PRODUCTS.replace("with", "vulkan_gemm.load_shader = vulkan_gemm.compile_shader\nwith", 1))
+        scripts = [self.file("shipped.py", PRODUCTS)] + ([fresh] if shutil.which("glslc") else [])
+        for script in scripts:
+            for memory in ("direct", "staging"):
+                environment = {
+                    **os.environ, "PYTHONPATH": HERE, "VK_INSTANCE_LAYERS": LAYER,
+                    "VK_LAYER_ENABLES": "VK_VALIDATION_FEATURE_ENABLE_SYNCHRONIZATION_VALIDATION_EXT",
+                }
+                done = subprocess.run([sys.executable, script, memory], env=environment, cwd=self.folder.name,
+                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                self.assertEqual((done.returncode, done.stdout), (0, b""), script)
+
+    def test_the_losses_are_those_of_the_tensor_engine(self):
+        flags = "--steps 6 --layers 2 --d-model 32 --context 32 --batch-size 4 --stream --lr 0.001".split()
+        runs = [self.run_script(*flags, "--samples", "0", *engine) for engine in ([], ["--vulkan"])]
+        self.assertEqual([(done.returncode, done.stderr) for done in runs], [(0, "")] * 2)
+        losses = [list(map(float, re.findall(r"loss (\S+)\r", done.stdout))) for done in runs]
+        self.assertEqual(len(losses[0]), 6)
+        for a, b in zip(*losses):
+            self.assertLess(abs(a - b), 1e-3 * a)
+
+    @unittest.skipIf(sys.implementation.name == "pypy", "PyPy multiplies so fast that few products gain")
+    def test_the_products_of_the_model_really_go_to_the_gpu(self):
+        sent, products = [], (microgpt.matmul, microgpt.matmuls)
+        real = vulkan_gemm.VulkanGemm.matmuls
+
+        def counted(gpu, a, b, *transposes):
+            sent.append(len(a))
+            return real(gpu, a, b, *transposes)
+
+        try:
+            with unittest.mock.patch.object(vulkan_gemm.VulkanGemm, "matmuls", counted):
+                microgpt.use_gpu()
+                sent.clear()
+                config = Config(30, 1, 64, 4, 64)
+                weights = microgpt.initial_weights(config, random.Random(1))
+                loss, _ = microgpt.loss_and_grads(Tensor, config, weights, [list(range(30)) * 2] * 4)
+        finally:
+            microgpt.matmul, microgpt.matmuls = products
+        self.assertGreater(len(sent), 15)
+        self.assertIn(16, sent)  # attention: all heads of all documents at once
+        wanted, _ = microgpt.loss_and_grads(Tensor, config, weights, [list(range(30)) * 2] * 4)
+        self.assertAlmostEqual(loss, wanted, 4)
+
+    def test_a_device_that_there_is_not_is_refused(self):
+        for index in ("99", "x"):
+            done = self.run_script("--vulkan", "--steps", "1", env={"MICROGPT_VULKAN_DEVICE": index})
+            self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1))
+            self.assertRegex(done.stderr, "^microgpt: error: the GPU cannot go on: .*MICROGPT_VULKAN_DEVICE")
 
 
 # 14. Optimizers -------------------------------------------------------------------------------------------
