@@ -944,7 +944,6 @@ def learning_rate(step, steps, lr, warmup, decay):
 
 HEADER_LIMIT = 4_000_000  # bytes
 
-
 @contextmanager
 def replacing(path):
     """A file that takes the place of path when it is whole and on the disk; until then that stays as it was."""
@@ -980,7 +979,6 @@ def little_endian(numbers):
         numbers.byteswap()
     return numbers
 
-
 def read_json(text):
     """JSON without the traps: no name twice, no endless integer. Raises ValueError or RecursionError."""
     def unique(pairs):
@@ -994,7 +992,6 @@ def read_json(text):
         return int(digits)
 
     return json.loads(text, object_pairs_hook=unique, parse_int=short)
-
 
 def read_safetensors(path):
     """The matrices, as rows of floats, and the metadata of a file. A UserError says what is wrong with it."""
@@ -1017,7 +1014,8 @@ def read_safetensors(path):
         header = read_json(bytes(content[8:end]).decode())
         metadata = header.pop("__metadata__")
         need(all(type(value) is str for value in metadata.values()), "its metadata")
-        entries = sorted((entry["data_offsets"], entry["shape"], entry["dtype"], name) for name, entry in header.items())
+        keys = "data_offsets", "shape", "dtype"
+        entries = sorted([*(entry[key] for key in keys), name] for name, entry in header.items())
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         need(False, f"its header ({type(error).__name__})")
     tensors, at = {}, end
@@ -1031,7 +1029,6 @@ def read_safetensors(path):
         tensors[name] = [numbers[i : i + columns].tolist() for i in range(0, rows * columns, columns)]
     need(at == len(content), "its length")
     return tensors, metadata
-
 
 @dataclass
 class State:
@@ -1064,7 +1061,6 @@ class State:
         }
         write_safetensors(path, tensors, {name: json.dumps(value) for name, value in fields.items()})
 
-
 def load_state(path, rng):
     """The run that a checkpoint holds, and its flags; sets the state of the random generator."""
     tensors, metadata = read_safetensors(path)
@@ -1076,9 +1072,11 @@ def load_state(path, rng):
         if type(characters) is not str or type(merges) is not list:
             raise ValueError("vocabulary")
         lengths = [1] * len(characters)
+        total = 0  # of the lengths of all tokens: a few merges can make texts beyond all memory
         for left, right in merges:
             lengths.append(lengths[left] + lengths[right])
-            if min(left, right) < 0 or lengths[-1] > 1_000_000 or len(lengths) > 300_000:
+            total += lengths[-1]
+            if min(left, right) < 0 or total > 50_000_000:
                 raise ValueError("merges")
         tokenizer = BPETokenizer(characters, merges)
         if (fields["microgpt"], tokenizer.vocab_size, "".join(tokenizer.ids)) != (1, config.vocab_size, characters):
@@ -1093,10 +1091,10 @@ def load_state(path, rng):
             parts.append(part or zeros(parts[0]))
         if tensors:
             raise ValueError("matrices that it should not have")
-        total, number = fields["recent"]
-        if type(total) is not float or type(number) is not int or number < 0 or not math.isfinite(total):
+        recent, number = fields["recent"]
+        if type(recent) is not float or type(number) is not int or number < 0 or not math.isfinite(recent):
             raise ValueError("recent losses")
-        state = State(config, tokenizer, *parts, fields["step"], (total, number))
+        state = State(config, tokenizer, *parts, fields["step"], (recent, number))
         version, numbers, gauss = fields["random"]
         rng.setstate((version, tuple(numbers), gauss))
         return state, fields["flags"]

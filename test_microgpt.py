@@ -835,8 +835,8 @@ class TestVulkan(Files):
             before = pages()
             products(gpu, 2000)
             self.assertLess(pages() - before, 1000)
-        for i in range(100):
-            before = pages() if i == 30 else before
+        for i in range(200):  # at first the driver grows pools of its own
+            before = pages() if i == 100 else before
             with vulkan_gemm.VulkanGemm() as gpu:
                 gpu.matmul([[1.0]], [[1.0]])
             gpu.close()
@@ -1207,12 +1207,12 @@ class TestCheckpoints(Files):
             damaged.append(content[:at] + bytes([content[at] ^ (1 << rng.randrange(8))]) + content[at + 1 :])
         for i, content in enumerate(damaged):
             self.file("run.safetensors", content)
-            start = time.perf_counter()
+            start = time.process_time()
             try:
                 status, out, errors = self.main("--resume", self.path, "--steps", "0", "--samples", "0")
             except Exception as error:
                 self.fail(f"file {i}: {error!r}")
-            self.assertLess(time.perf_counter() - start, 5 if sys.implementation.name == "pypy" else 1.5, i)
+            self.assertLess(time.process_time() - start, 5 if sys.implementation.name == "pypy" else 1, i)
             if status or i < surely:
                 self.assertEqual((status, errors.count("\n"), out), (1, 1, ""), (i, errors))
                 self.assertRegex(errors, "^microgpt: error: .*run.safetensors.* is not a ")
