@@ -9,6 +9,7 @@ Gradients are held against finite differences, each Tensor operation against its
 command line is run as a process. Two things from outside the repository are used if they lie in ../shared: the
 reference's names, for the run that must come out the same, and the yardstick, which costs what the reference costs.
 """
+
 import cmath
 import gc
 import io
@@ -328,7 +329,8 @@ def matrix_operations(rng):
         "linear, relu, linear": (mlp, [x, w, normal(rng, 3, e)]),
         "relu of a relu": (relu_twice, [x, w, normal(rng, 3, e)]),
         "relu with bias behind": (
-            lambda engine, x, w, b: engine.relu(engine.linear(engine.relu(x), w, b)), [x, w, bias],
+            lambda engine, x, w, b: engine.relu(engine.linear(engine.relu(x), w, b)),
+            [x, w, bias],
         ),
     }
 
@@ -398,7 +400,9 @@ class TestOperations(Test):
                 self.assertClose(matmul(a, microgpt.transpose(b), transpose_b=True), matmul(dense(a), b))
                 self.assertClose(matmul(a, g, transpose_a=True), matmul(dense(a), g, transpose_a=True))
                 self.assertClose(matmul(g, a, transpose_a=True), matmul(g, dense(a), transpose_a=True))
-                self.assertClose(matmul(a, where, transpose_a=True), matmul(dense(a), dense(where), transpose_a=True))
+                self.assertClose(
+                    matmul(a, where, transpose_a=True), matmul(dense(a), dense(where), transpose_a=True)
+                )
                 masked = [[x * bool(y) for x, y in zip(*rows)] for rows in zip(matmul(dense(a), b), where)]
                 self.assertClose(matmul(dense(a), b, where=where), masked)
 
@@ -453,8 +457,15 @@ def logits(engine, config, weights, *chunks):
 
 class TestGPT(Test):
     def test_config_refuses_what_cannot_be(self):
-        for wrong in ({"n_head": 3}, {"n_layer": 0}, {"n_embd": -4}, {"block_size": 0}, {"vocab_size": 0},
-                      {"n_head": 0}, {"arch": "gpt5"}):
+        for wrong in (
+            {"n_head": 3},
+            {"n_layer": 0},
+            {"n_embd": -4},
+            {"block_size": 0},
+            {"vocab_size": 0},
+            {"n_head": 0},
+            {"arch": "gpt5"},
+        ):
             with self.assertRaises(UserError, msg=wrong):
                 Config(**{"vocab_size": 5, **wrong})
 
@@ -578,7 +589,9 @@ class TestTraining(Test):
         optimizer = lambda weights, grads, m, v, step, lr, **settings: seen.append((step, lr, settings))
         config, weights = model()
         m, v, batches = {}, {}, {2: [[1, 2, 3]], 3: [[4, 5]]}
-        steps = microgpt.train(Tensor, config, weights, m, v, batches.get, 4, {2: 0.5, 3: 0.25}.get, optimizer, 2, x=7)
+        steps = microgpt.train(
+            Tensor, config, weights, m, v, batches.get, 4, {2: 0.5, 3: 0.25}.get, optimizer, 2, x=7
+        )
         got = list(steps)
         self.assertEqual(seen, [(2, 0.5, {"x": 7}), (3, 0.25, {"x": 7})])
         self.assertEqual([(step, batch) for step, _, batch in got], list(batches.items()))
@@ -602,7 +615,14 @@ class TestSampling(Test):
 
     def test_top_k_leaves_the_k_likeliest(self):
         rng, z = random.Random(6), [0.0, 1.0, -2.0, 0.5]
-        for k, left in ((1, {1}), (2, {1, 3}), (3, {0, 1, 3}), (4, {0, 1, 2, 3}), (9, {0, 1, 2, 3}), (0, {0, 1, 2, 3})):
+        for k, left in (
+            (1, {1}),
+            (2, {1, 3}),
+            (3, {0, 1, 3}),
+            (4, {0, 1, 2, 3}),
+            (9, {0, 1, 2, 3}),
+            (0, {0, 1, 2, 3}),
+        ):
             self.assertEqual({microgpt.draw(z, 3.0, k, rng) for _ in range(500)}, left)
 
     def test_tiny_temperatures_and_huge_logits_do_not_overflow(self):
@@ -678,8 +698,16 @@ class TestBPE(Test):
     def test_merges_are_those_of_a_recount_on_runs_names_and_prose(self):
         names = microgpt.read_documents([os.path.join(HERE, "input.txt")])[:300]
         prose = microgpt.read_documents([os.path.join(HERE, "README.md")], stream=True)
-        for n, docs in ((9, ["a" * 31]), (9, ["aaaabaaab", "aaa", "aabaa"]), (60, names), (80, [prose[0][:5000]]),
-                        (20, ["abab" * 9, "ba"]), (5, ["", "a", ""]), (0, ["abab"]), (9, ["é😀é😀", "😀é😀é"])):
+        for n, docs in (
+            (9, ["a" * 31]),
+            (9, ["aaaabaaab", "aaa", "aabaa"]),
+            (60, names),
+            (80, [prose[0][:5000]]),
+            (20, ["abab" * 9, "ba"]),
+            (5, ["", "a", ""]),
+            (0, ["abab"]),
+            (9, ["é😀é😀", "😀é😀é"]),
+        ):
             self.compare(docs, n)
 
     def test_no_merge_reaches_across_documents(self):
@@ -759,8 +787,10 @@ class TestShader(Test):
             self.assertEqual((done.returncode, done.stdout), (0, b""))
 
     def test_an_edited_shader_needs_a_compiler(self):
-        with unittest.mock.patch("vulkan_gemm.source_hash", lambda: "edited"), \
-             unittest.mock.patch("shutil.which", lambda name: None):
+        with (
+            unittest.mock.patch("vulkan_gemm.source_hash", lambda: "edited"),
+            unittest.mock.patch("shutil.which", lambda name: None),
+        ):
             with self.assertRaisesRegex(vulkan_gemm.VulkanError, "edited.*glslc"):
                 vulkan_gemm.load_shader()
 
@@ -797,7 +827,9 @@ class TestVulkan(Files):
             with vulkan_gemm.VulkanGemm(force_staging=staging) as gpu:
                 for _ in range(6):
                     top = rng.choice((9, 70, 300))
-                    shapes = [[rng.randint(1, top) for _ in range(3)] for _ in range(rng.randint(1, 3))] * rng.randint(1, 2)
+                    shapes = [
+                        [rng.randint(1, top) for _ in range(3)] for _ in range(rng.randint(1, 3))
+                    ] * rng.randint(1, 2)
                     for how in ((False, False), (True, False), (False, True), (True, True)):
                         a, b = self.matrices(rng, shapes, *how)
                         for buffer in gpu.buffers:  # what was there before must not matter
@@ -808,7 +840,9 @@ class TestVulkan(Files):
 
     def test_nan_and_infinity_pass_through_and_stay_where_they_belong(self):
         with vulkan_gemm.VulkanGemm() as gpu:
-            (a, b), (c, d), (e, f) = gpu.matmul([[1.0, math.inf], [math.nan, 0.0], [1.0, 1.0]], [[1.0, 2.0], [3.0, 0.0]])
+            (a, b), (c, d), (e, f) = gpu.matmul(
+                [[1.0, math.inf], [math.nan, 0.0], [1.0, 1.0]], [[1.0, 2.0], [3.0, 0.0]]
+            )
             self.assertEqual((a, e, f), (math.inf, 4.0, 2.0))
             self.assertTrue(all(map(math.isnan, (b, c, d))))
 
@@ -850,14 +884,21 @@ class TestVulkan(Files):
         real = vulkan_gemm.Vulkan._checked
         calls = [name for name, kind, _ in re.findall(r"(\w+)([=:])(\w+)", vulkan_gemm.FUNCTIONS) if kind == "="]
         self.assertIn("vkQueueSubmit", calls)
-        for name, code, words in [(name, -2, "OUT_OF_DEVICE_MEMORY") for name in calls] + [("vkQueueSubmit", -4, "DEVICE_LOST")]:
+        for name, code, words in [(name, -2, "OUT_OF_DEVICE_MEMORY") for name in calls] + [
+            ("vkQueueSubmit", -4, "DEVICE_LOST")
+        ]:
+
             def failing(each, function):
                 def call(*args):
                     vulkan_gemm.check(name, code) if each == name else checked(*args)
+
                 checked = real(each, function)
                 return call
 
-            with self.subTest(name), unittest.mock.patch.object(vulkan_gemm.Vulkan, "_checked", staticmethod(failing)):
+            with (
+                self.subTest(name),
+                unittest.mock.patch.object(vulkan_gemm.Vulkan, "_checked", staticmethod(failing)),
+            ):
                 try:
                     with vulkan_gemm.VulkanGemm() as gpu:
                         gpu.matmul([[1.0]], [[1.0]])
@@ -868,16 +909,25 @@ class TestVulkan(Files):
 
     @unittest.skipUnless(HAS_LAYER, "needs the Khronos validation layer")
     def test_the_validation_layer_has_nothing_to_say(self):
-        fresh = self.file("fresh.py", PRODUCTS.replace("with", "vulkan_gemm.load_shader = vulkan_gemm.compile_shader\nwith", 1))
+        fresh = self.file(
+            "fresh.py", PRODUCTS.replace("with", "vulkan_gemm.load_shader = vulkan_gemm.compile_shader\nwith", 1)
+        )
         scripts = [self.file("shipped.py", PRODUCTS)] + ([fresh] if shutil.which("glslc") else [])
         for script in scripts:
             for memory in ("direct", "staging"):
                 environment = {
-                    **os.environ, "PYTHONPATH": HERE, "VK_INSTANCE_LAYERS": LAYER,
+                    **os.environ,
+                    "PYTHONPATH": HERE,
+                    "VK_INSTANCE_LAYERS": LAYER,
                     "VK_LAYER_ENABLES": "VK_VALIDATION_FEATURE_ENABLE_SYNCHRONIZATION_VALIDATION_EXT",
                 }
-                done = subprocess.run([sys.executable, script, memory], env=environment, cwd=self.folder.name,
-                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                done = subprocess.run(
+                    [sys.executable, script, memory],
+                    env=environment,
+                    cwd=self.folder.name,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                )
                 self.assertEqual((done.returncode, done.stdout), (0, b""), script)
 
     def test_the_losses_are_those_of_the_tensor_engine(self):
@@ -944,12 +994,21 @@ class TestOptimizers(Test):
         formulas = {
             "sgd": lambda w, g, m, v, t: (w - lr * g, m, v),
             "momentum": lambda w, g, m, v, t: (w - lr * (b1 * m + g), b1 * m + g, v),
-            "rmsprop": lambda w, g, m, v, t: (w - lr * g / (math.sqrt(b2 * v + (1 - b2) * g * g) + eps), m,
-                                              b2 * v + (1 - b2) * g * g),
-            "adam": lambda w, g, m, v, t: (w - hats(b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g, t),
-                                           b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g),
-            "adamw": lambda w, g, m, v, t: (w * (1 - lr * decay) - hats(b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g, t),
-                                            b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g),
+            "rmsprop": lambda w, g, m, v, t: (
+                w - lr * g / (math.sqrt(b2 * v + (1 - b2) * g * g) + eps),
+                m,
+                b2 * v + (1 - b2) * g * g,
+            ),
+            "adam": lambda w, g, m, v, t: (
+                w - hats(b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g, t),
+                b1 * m + (1 - b1) * g,
+                b2 * v + (1 - b2) * g * g,
+            ),
+            "adamw": lambda w, g, m, v, t: (
+                w * (1 - lr * decay) - hats(b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g, t),
+                b1 * m + (1 - b1) * g,
+                b2 * v + (1 - b2) * g * g,
+            ),
         }
         self.assertEqual(list(formulas), list(microgpt.OPTIMIZERS))
         for name, formula in formulas.items():
@@ -988,7 +1047,8 @@ class TestOptimizers(Test):
 
     def test_schedules_at_their_corners(self):
         rate = lambda name, step, warmup=10, steps=110: microgpt.learning_rate(
-            step, steps, 0.5, warmup, microgpt.SCHEDULES[name])
+            step, steps, 0.5, warmup, microgpt.SCHEDULES[name]
+        )
         for name in microgpt.SCHEDULES:
             self.assertAlmostEqual(rate(name, 0), 0.05, 12)
             self.assertAlmostEqual(rate(name, 9), 0.5, 12)
@@ -1042,7 +1102,10 @@ class TestCheckpoints(Files):
             "--arch gpt2 --clip-grad 1 --val-fraction 0.1 --eval-every 15 --gen-every 20 --vocab-size 20",
             "--stream --vocab-size 30 --batch-size 2 --weight-decay 0.1 --optimizer adamw",
         ):
-            flags = [*flags.split(), *"--steps 60 --d-model 8 --context 8 --samples 3 --save-every 25 --div-warn 1e9".split()]
+            flags = [
+                *flags.split(),
+                *"--steps 60 --d-model 8 --context 8 --samples 3 --save-every 25 --div-warn 1e9".split(),
+            ]
             copies, write = [], microgpt.write_safetensors
 
             def write_and_copy(path, tensors, metadata):
@@ -1153,21 +1216,37 @@ class TestCheckpoints(Files):
         damaged += [content + b"x", b"", b"{}", b"\0" * 100, content[8:], content * 2]
         for n in (0, 1, 7, length - 1, length + 1, len(content), 2**32, 2**63, 2**64 - 1):
             damaged.append(n.to_bytes(8, "little") + content[8:])
-        for text in (b"[" * 100_000, b'{"a":' * 100_000, b"1" * 100_000, b"null", b"[]", b"{}", b'{"a":1}', b'"a"', b"\xff",
-                     b" " * 3_000_000, b"[" + b"{}," * 1_000_000 + b"{}]", b'{"__metadata__":[]}', b'{"__metadata__":{"a":1}}',
-                     b'{"__metadata__":{},"__metadata__":{}}', b'{"__metadata__":{},"a":{"dtype":NaN}}'):
+        for text in (
+            b"[" * 100_000,
+            b'{"a":' * 100_000,
+            b"1" * 100_000,
+            b"null",
+            b"[]",
+            b"{}",
+            b'{"a":1}',
+            b'"a"',
+            b"\xff",
+            b" " * 3_000_000,
+            b"[" + b"{}," * 1_000_000 + b"{}]",
+            b'{"__metadata__":[]}',
+            b'{"__metadata__":{"a":1}}',
+            b'{"__metadata__":{},"__metadata__":{}}',
+            b'{"__metadata__":{},"a":{"dtype":NaN}}',
+        ):
             damaged.append(len(text).to_bytes(8, "little") + text + content[8 + length :])
 
         def metadata(name, value):
             def change(header):
                 header["__metadata__"][name] = value
                 return header
+
             return change
 
         def entry(key, value, name="wpe"):
             def change(header):
                 header[name][key] = value
                 return header
+
             return change
 
         def without(name):
@@ -1180,25 +1259,93 @@ class TestCheckpoints(Files):
             text = json.dumps(header)
             return ('{"wpe": ' + json.dumps(header["wpe"]) + ", " + text[1:]).encode()
 
-        changes = [lambda header: base, without("__metadata__"), without("wte"), without("optimizer.m.wte"), repeated,
-                   renamed("wpe", "wpf"), renamed("optimizer.v.wpe", "optimizer.w.wpe"), renamed("wpe", "a\nb")]
+        changes = [
+            lambda header: base,
+            without("__metadata__"),
+            without("wte"),
+            without("optimizer.m.wte"),
+            repeated,
+            renamed("wpe", "wpf"),
+            renamed("optimizer.v.wpe", "optimizer.w.wpe"),
+            renamed("wpe", "a\nb"),
+        ]
         for key in ("dtype", "shape", "data_offsets"):
-            for value in (None, 1, "F64x", "BF16", [], [1], [16, 16, 1], [0, 16], [-16, -16], [16.0, 16], ["16", 16], [True, 256],
-                          [16, 10**18], [0, 2**63], {"a": 1}, [[16], 16], [0, 0], [8, 2056], [8, 32], [256, 1]):
+            for value in (
+                None,
+                1,
+                "F64x",
+                "BF16",
+                [],
+                [1],
+                [16, 16, 1],
+                [0, 16],
+                [-16, -16],
+                [16.0, 16],
+                ["16", 16],
+                [True, 256],
+                [16, 10**18],
+                [0, 2**63],
+                {"a": 1},
+                [[16], 16],
+                [0, 0],
+                [8, 2056],
+                [8, 32],
+                [256, 1],
+            ):
                 changes.append(entry(key, value))
         for name in ("microgpt", "config", "characters", "merges", "step", "recent", "flags", "random"):
-            for value in ("", "null", "[]", "{}", "2", "-1", '"x"', "[" * 5000, "1e999", "NaN", "[[0, 1]]", "[1, 2, 3]", "9" * 5000):
+            for value in (
+                "",
+                "null",
+                "[]",
+                "{}",
+                "2",
+                "-1",
+                '"x"',
+                "[" * 5000,
+                "1e999",
+                "NaN",
+                "[[0, 1]]",
+                "[1, 2, 3]",
+                "9" * 5000,
+            ):
                 if (name, value) not in (("step", "2"), ("merges", "[]"), ("flags", "{}")):
                     changes.append(metadata(name, value))
-            changes.append(lambda header, name=name: {**header, "__metadata__": {
-                key: value for key, value in header["__metadata__"].items() if key != name}})
+            changes.append(
+                lambda header, name=name: {
+                    **header,
+                    "__metadata__": {key: value for key, value in header["__metadata__"].items() if key != name},
+                }
+            )
         config = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["config"])
-        for name, value in (("n_layer", 10**9), ("n_embd", 16.0), ("n_head", 3), ("n_head", True), ("block_size", 10**18),
-                            ("arch", "x"), ("arch", ["gpt2"]), ("vocab_size", 25), ("n_embd", "16"), ("x", 1)):
+        for name, value in (
+            ("n_layer", 10**9),
+            ("n_embd", 16.0),
+            ("n_head", 3),
+            ("n_head", True),
+            ("block_size", 10**18),
+            ("arch", "x"),
+            ("arch", ["gpt2"]),
+            ("vocab_size", 25),
+            ("n_embd", "16"),
+            ("x", 1),
+        ):
             changes.append(metadata("config", json.dumps({**config, name: value})))
         doubling = [[26 + i, 26 + i] for i in range(60)]
-        changes += [metadata("merges", json.dumps(m)) for m in ([[0, 99]], [[0]], [[-1, 0]], [["a", "b"]], [[0, 0]] + doubling)]
-        flags = {"steps": "x", "lr": -1, "nonsense": 1, "d_model": 32, "corpus": {"a": 1}, "heads": 3, "resume": "x", "batch_size": 0}
+        changes += [
+            metadata("merges", json.dumps(m))
+            for m in ([[0, 99]], [[0]], [[-1, 0]], [["a", "b"]], [[0, 0]] + doubling)
+        ]
+        flags = {
+            "steps": "x",
+            "lr": -1,
+            "nonsense": 1,
+            "d_model": 32,
+            "corpus": {"a": 1},
+            "heads": 3,
+            "resume": "x",
+            "batch_size": 0,
+        }
         changes += [metadata("flags", json.dumps({name: value})) for name, value in flags.items()]
         damaged += [self.rewritten(change) for change in changes]
         for number in (math.nan, math.inf, -math.inf):
@@ -1228,7 +1375,10 @@ class TestCheckpoints(Files):
         code += "sys.exit(microgpt.main(sys.argv[1:]))"
         done = subprocess.run(
             [sys.executable, "-c", code, "--resume", self.path, "--steps", "6", "--samples", "0"],
-            cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            cwd=HERE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
         self.assertEqual(done.returncode, 1)
         self.assertRegex(done.stderr.decode(), "^microgpt: error: cannot save .*run.safetensors: [^\n]*\n$")
         with open(self.path, "rb") as file:
@@ -1271,7 +1421,9 @@ class TestCheckpoints(Files):
         """A long run as a process that has begun to train."""
         process = subprocess.Popen(
             [sys.executable, SCRIPT, "--corpus", self.corpus, "--steps", "1000000", *flags],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         self.addCleanup(process.stderr.close)
         self.addCleanup(process.stdout.close)
         self.addCleanup(process.kill)
@@ -1297,7 +1449,9 @@ class TestCheckpoints(Files):
 
     @unittest.skipIf(os.name == "nt", "needs POSIX signals")
     def test_a_second_signal_ends_at_once(self):
-        process = self.start("--engine", "scalar", "--context", "64", "--batch-size", "60", "--stream", "--save", self.path)
+        process = self.start(
+            "--engine", "scalar", "--context", "64", "--batch-size", "60", "--stream", "--save", self.path
+        )
         while b"params" not in process.stdout.readline():
             pass
         time.sleep(0.5)
@@ -1389,7 +1543,9 @@ class TestCommandLine(Files):
     def test_the_engines_and_archs_print_the_same(self):
         self.file("input.txt", "emma\nolivia\nava\n")
         for arch in ("microgpt", "gpt2"):
-            flags = "--steps 5 --batch-size 2 --layers 2 --d-model 8 --heads 2 --context 5 --top-k 3 --samples 3 --arch"
+            flags = (
+                "--steps 5 --batch-size 2 --layers 2 --d-model 8 --heads 2 --context 5 --top-k 3 --samples 3 --arch"
+            )
             runs = [self.run_script(*flags.split(), arch, "--engine", e).stdout for e in ("scalar", "tensor")]
             self.assertEqual(*runs)
 
@@ -1404,7 +1560,9 @@ class TestCommandLine(Files):
         self.assertNotEqual(runs[1], runs[2])
 
     def test_a_prompt_begins_each_sample(self):
-        done = self.run_script("--steps", "1", "--samples", "2", "--prompt", "em", "--max-tokens", "3", "--temperature", "0")
+        done = self.run_script(
+            "--steps", "1", "--samples", "2", "--prompt", "em", "--max-tokens", "3", "--temperature", "0"
+        )
         samples = done.stdout.split("\n")[-3:-1]
         self.assertRegex(samples[0], "^sample  1: em[a-z]{0,3}$")
         self.assertEqual(samples[0][11:], samples[1][11:])
@@ -1439,7 +1597,9 @@ class TestCommandLine(Files):
         os.mkdir(os.path.join(self.folder.name, "corpus"))
         with open(os.path.join(HERE, "input.txt"), encoding="utf-8") as file:
             self.file(os.path.join("corpus", "a.txt"), file.read(2000))
-        flags = """--stream --steps 50000 --vocab-size 1000 --warmup-steps 500 --cosine --div-crit 50 --gen-every 500"""
+        flags = (
+            """--stream --steps 50000 --vocab-size 1000 --warmup-steps 500 --cosine --div-crit 50 --gen-every 500"""
+        )
         parsed = microgpt.parse_args(["--corpus", "corpus/*.txt", *flags.split()])
         self.assertEqual((parsed.steps, parsed.vocab_size, parsed.schedule), (50000, 1000, "cosine"))
         self.assertEqual((parsed.val_fraction, parsed.div_crit, parsed.clip_grad), (0.1, 50.0, None))
@@ -1459,7 +1619,9 @@ class TestCommandLine(Files):
 
     def test_held_out_documents_are_never_trained_on(self):
         self.file("input.txt", "\n".join("abcdefghij"))
-        args = microgpt.parse_args(["--val-fraction", "0.3", "--corpus", os.path.join(self.folder.name, "input.txt")])
+        args = microgpt.parse_args(
+            ["--val-fraction", "0.3", "--corpus", os.path.join(self.folder.name, "input.txt")]
+        )
         docs, held_out = microgpt.load_corpus(args, random.Random(1))
         self.assertEqual((len(docs), len(held_out), sorted(docs + held_out)), (7, 3, list("abcdefghij")))
         args.stream = True
@@ -1473,7 +1635,9 @@ class TestCommandLine(Files):
         self.assertEqual(batch, [[bos, 0, 1, 2, bos], [bos, 9, bos], [bos, 7, 8, 9, bos]])
         loss = microgpt.mean_loss(Tensor, config, weights, batch)
         self.assertAlmostEqual(loss, microgpt.loss_and_grads(Tensor, config, weights, batch)[0], 12)
-        self.assertEqual(microgpt.held_out_batch(tokenizer, ["abcdefghi"], True, 4), [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]])
+        self.assertEqual(
+            microgpt.held_out_batch(tokenizer, ["abcdefghi"], True, 4), [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]]
+        )
         self.assertEqual(len(microgpt.held_out_batch(tokenizer, ["abc"] * 1000, False, 8)), 125)
 
     def test_divergence_warns_and_stops(self):
@@ -1481,7 +1645,9 @@ class TestCommandLine(Files):
         self.file("input.txt", "a" * 900 + "bc" * 60)
         done = self.run_script("--stream", *flags)
         self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertRegex(done.stderr, "^microgpt: warning: at step 20 the validation loss is [0-9]+ % above the training")
+        self.assertRegex(
+            done.stderr, "^microgpt: warning: at step 20 the validation loss is [0-9]+ % above the training"
+        )
         self.assertEqual(self.run_script("--stream", "--div-warn", "1e9", *flags).stderr, "")
         self.assertRefused(1, "at step 20 the validation loss is", "--stream", "--div-crit", "50", *flags)
 
@@ -1499,8 +1665,12 @@ class TestCommandLine(Files):
         except ImportError:
             self.skipTest("needs a pseudo-terminal")
         terminal, end = pty.openpty()
-        done = subprocess.run([sys.executable, SCRIPT, "--steps", "400", "--samples", "0"], cwd=self.folder.name,
-                              stdout=subprocess.PIPE, stderr=end)
+        done = subprocess.run(
+            [sys.executable, SCRIPT, "--steps", "400", "--samples", "0"],
+            cwd=self.folder.name,
+            stdout=subprocess.PIPE,
+            stderr=end,
+        )
         os.close(end)
         shown = os.read(terminal, 10000).decode()
         os.close(terminal)
@@ -1515,7 +1685,8 @@ class TestCommandLine(Files):
 
     def test_importing_runs_nothing(self):
         done = subprocess.run(
-            [sys.executable, "-c", "import microgpt"], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            [sys.executable, "-c", "import microgpt"], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         self.assertEqual((done.returncode, done.stdout), (0, b""))
 
     def test_a_corpus_that_cannot_be_learned_from(self):
@@ -1563,7 +1734,11 @@ class TestCommandLine(Files):
 
     def test_a_closed_pipe_ends_it_quietly(self):
         process = subprocess.Popen(
-            [sys.executable, SCRIPT, "--steps", "100000"], cwd=self.folder.name, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            [sys.executable, SCRIPT, "--steps", "100000"],
+            cwd=self.folder.name,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         process.stdout.read(10)
         process.stdout.close()
         self.assertEqual((process.stderr.read(), process.wait(30)), (b"", 1))
@@ -1611,8 +1786,10 @@ class TestCommandLine(Files):
     def test_the_names_are_fetched_whole_where_there_are_none(self):
         names = "".join(f"{a}{b}\n" for a in "abcdefgh" for b in "abcdefgh")
         source = self.file("served.txt", names)
-        self.assertEqual(microgpt.download("file://" + source, os.path.join(self.folder.name, "input.txt")),
-                         os.path.join(self.folder.name, "input.txt"))
+        self.assertEqual(
+            microgpt.download("file://" + source, os.path.join(self.folder.name, "input.txt")),
+            os.path.join(self.folder.name, "input.txt"),
+        )
         self.assertEqual(sorted(os.listdir(self.folder.name)), ["input.txt", "served.txt"])
         with open(os.path.join(self.folder.name, "input.txt"), encoding="utf-8") as file:
             self.assertEqual(file.read(), names)
@@ -1672,7 +1849,9 @@ def benchmark():
     median = {name: statistics.median(values) for name, values in rounds.items() if values}
     print(f"{sys.implementation.name} {sys.version.split()[0]}, default model, median of 5")
     print(f"engine tensor  {median['tensor']:10.2f} ms a step")
-    print(f"engine scalar  {median['scalar']:10.2f} ms a step {median['scalar'] / median['tensor']:10.1f} times tensor")
+    print(
+        f"engine scalar  {median['scalar']:10.2f} ms a step {median['scalar'] / median['tensor']:10.1f} times tensor"
+    )
     if "reference" in median:
         reference = median["reference"]
         ratio = statistics.median(map(lambda a, b: a / b, rounds["reference"], rounds["tensor"]))
