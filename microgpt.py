@@ -928,7 +928,11 @@ def clipped(optimizer, limit):
 
 # The rate may also fall along half a cosine (Loshchilov, Hutter 2017), or not at all. Warmup lets it rise in a
 # straight line first, while the moments are still guesses.
-SCHEDULES = {"linear": linear_decay, "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2, "constant": lambda _: 1}
+SCHEDULES = {
+    "linear": linear_decay,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "constant": lambda done: 1,
+}
 
 def learning_rate(step, steps, lr, warmup, decay):
     """The learning rate of a step of a run: up over the warmup steps, down over the rest."""
@@ -937,10 +941,10 @@ def learning_rate(step, steps, lr, warmup, decay):
 
 # 15. Checkpoints ------------------------------------------------------------------------------------------
 #
-# What a run has learned is kept in one file, in the .safetensors format: the length of a header, the header, which is
-# JSON and says of each matrix its type, its shape and where it lies, then the plain numbers. Other tools can open
-# it, PyTorch among them, and unlike a pickle it cannot run code. It is written beside its place and renamed when it
-# is whole and on the disk, so that at any instant there is the old file or the new one. The reader trusts nothing.
+# What a run has learned is kept in one file, in the .safetensors format: the length of a header, the header (JSON,
+# which says of each matrix its type, its shape and where it lies), then the plain numbers. Other tools can open it,
+# PyTorch among them, and unlike a pickle it cannot run code. It is written beside its place and renamed when it is
+# whole and on the disk: at any instant there is the old file or the new one. The reader trusts nothing.
 
 HEADER_LIMIT = 4_000_000  # bytes
 
@@ -1163,7 +1167,8 @@ def make_parser():
     """The flags, by group."""
     about = "Train a GPT on a text and sample from it. Without flags it does what the reference does."
     parser = Parser(prog="microgpt", usage="%(prog)s [flags]", description=about, allow_abbrev=False)
-    natural, size, real, share = number(int, 0, 10**12), number(int, 1, 10**9), number(float, 0), number(float, 0, 1)
+    natural, size = number(int, 0, 10**12), number(int, 1, 10**9)
+    real, share = number(float, 0), number(float, 0, 1)
 
     def flag(names, kind, default, help, **more):
         *names, metavar = names.split()
@@ -1221,7 +1226,6 @@ def make_parser():
     group = parser.add_argument_group("engine")
     flag("--engine NAME", ["scalar", "tensor", "vulkan"], "tensor", "scalar: part one alone; vulkan: on the GPU")
     group.add_argument("--vulkan", dest="engine", action="store_const", const="vulkan", help="--engine vulkan")
-
     return parser
 
 NOT_SAVED = ("save", "save_every", "resume", "state", "rng")
@@ -1375,7 +1379,7 @@ def watch(args, state, training, validate, sample_text, save, signals):
             print(f"\x1b[34C{rates}, {left // 60}:{left % 60:02d} left\x1b[K", end="\r", file=sys.stderr)
 
 class Signals:
-    """SIGINT and SIGTERM. In training the first lets the step end; else, and from the second on, they end at once."""
+    """SIGINT and SIGTERM: in training the first lets the step end; all others end the run at once."""
 
     def __init__(self):
         self.caught, self.training, self.saved = 0, False, "nothing was saved"
@@ -1455,7 +1459,7 @@ def run(args, signals):
 def main(argv=None):
     """Run the command line. Returns its exit status."""
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # None: it was closed before we began
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # None: closed from the start
         stream.reconfigure(errors="backslashreplace")  # a character that a terminal lacks must not end a run
         setattr(sys, name, stream)
     signals, message, status = Signals(), None, 0
