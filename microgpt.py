@@ -27,20 +27,26 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from array import array
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from heapq import heapify, heappop, heappush
-from itertools import accumulate, chain, count, islice, repeat, takewhile
+from html import escape
+from itertools import accumulate, chain, count, islice, product, repeat, takewhile
 from operator import add as plus, mul
+from textwrap import wrap
 
 class UserError(ValueError):
     """What a person did wrong and can put right. The command line prints it as one line."""
 
     status = 1
+
+class Halt(UserError):
+    """What ends a run whose weights are good: they are saved first."""
 
 
 # ==========================================================================================================
@@ -399,12 +405,13 @@ def document_batches(docs, encode, bos, block_size, batch_size):
 
     return batch_at
 
-def stream_batches(text, encode, block_size, batch_size, rng):
+def stream_batches(text, encode, block_size, batch_size, seed):
     """A function from a step to its batch: windows of block_size + 1 tokens from anywhere in a text."""
     if len(text) <= block_size:
         raise UserError(f"a stream of {len(text)} tokens is too short for a context of {block_size}")
 
     def batch_at(step):
+        rng = random.Random(f"{seed} {step}")
         starts = [rng.randrange(len(text) - block_size) for _ in range(batch_size)]
         return [encode(text[start : start + block_size + 1]) for start in starts]
 
@@ -427,14 +434,15 @@ def linear_decay(done):
     """The share of the learning rate that is left when this share of the run is done."""
     return 1 - done
 
-def train(engine, config, weights, m, v, batch_at, steps, rate_at, optimizer=adam, first=0, **settings):
-    """Train the weights and their moments m and v, in place, from step `first` to `steps`. batch_at and rate_at
-    give each step its batch and its learning rate. After each step yield its number, from 0, loss and batch."""
+def train(compute, weights, m, v, batch_at, steps, rate_at, optimizer=adam, first=0, **settings):
+    """Train the weights and their moments m and v, in place, from step `first` to `steps`. compute is loss_and_grads
+    with an engine and a config; batch_at and rate_at give each step its batch and its learning rate. After each step
+    yield its number, from 0, loss, gradients and batch."""
     for step in range(first, steps):
         batch = batch_at(step)
-        loss, grads = loss_and_grads(engine, config, weights, batch)
+        loss, grads = compute(weights, batch)
         optimizer(weights, grads, m, v, step, rate_at(step), **settings)
-        yield step, loss, batch
+        yield step, loss, grads, batch
 
 
 # 8. Sampling ----------------------------------------------------------------------------------------------
@@ -561,6 +569,13 @@ def spread(a, b):
 def matmuls(a, b, **transposes):
     """Many products at once: each matrix in a times its partner in b."""
     return [matmul(x, y, **transposes) for x, y in zip(a, b)]
+
+def softmax(row):
+    """Scalar.softmax of floats."""
+    top = max(row)
+    exps = [math.exp(a - top) for a in row]
+    total = sum(exps)
+    return [e / total for e in exps]
 
 class Tensor:
     """The engine that computes with matrices. data is rows of floats (of a loss, one float), and grad is its
@@ -706,12 +721,8 @@ class Tensor:
         def scaled(rows):
             return [[a / size**0.5 for a in row] for row in rows]
 
-        def shares(scores, seen):  # softmax over the past alone: no position looks ahead
-            past = scores[:seen]
-            top = max(past)
-            exps = [math.exp(a - top) for a in past]
-            total = sum(exps)
-            return [e / total for e in exps] + [0.0] * (len(scores) - seen)
+        def shares(scores, seen):  # of the past alone: no position looks ahead
+            return softmax(scores[:seen]) + [0.0] * (len(scores) - seen)
 
         qs = split([scaled(q.data[span]) for span in spans])
         ks, vs = split([keys for keys, _ in caches]), split([values for _, values in caches])
@@ -822,58 +833,159 @@ class BPETokenizer(CharTokenizer):
 #
 # A GPU multiplies thousands of numbers at once, but they must travel there and back. So the engine vulkan is the
 # engine Tensor with its big matrix products sent to vulkan_gemm.py, a sidecar that speaks to any GPU through the
-# system's Vulkan loader, and the small ones left here. Where the line lies is measured in a moment at the start:
-# a product takes here so long for each multiplication, there so long at least, and so long for each number sent.
+# system's Vulkan loader, and the small ones left here. Where the line lies, the sidecar measures at the start.
 
-def use_gpu():
-    """From now on send the products that gain by it to the GPU. Raises a UserError if there is no loader, no device
-    or no memory."""
-    global matmul, matmuls
+plain_matmul, plain_matmuls = matmul, matmuls
+
+@lru_cache(maxsize=None)
+def gpu_products():
+    """A matmul and a matmuls that send to the GPU what gains by it. Raises a UserError if there is no loader, no
+    device or no memory."""
     try:
-        from vulkan_gemm import VulkanError, VulkanGemm
+        from vulkan_gemm import VulkanError, VulkanGemm, offload
     except ImportError:
         raise UserError("--vulkan needs vulkan_gemm.py beside microgpt.py") from None
 
-    def asked(method, *args, **settings):
-        try:
-            return method(*args, **settings)
-        except VulkanError as error:
-            raise UserError(f"the GPU cannot go on: {error}") from None
+    def asked(function):
+        def ask(*args, **settings):
+            try:
+                return function(*args, **settings)
+            except VulkanError as error:
+                raise Halt(f"the GPU cannot go on: {error}") from None
 
-    def seconds(product, n):
-        """The time of a product of n x n matrices, the best of three."""
-        a, times = [[random.random() for _ in range(n)] for _ in range(n)], []
-        for _ in range(4):
-            start = time.perf_counter()
-            product(a, a)
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
+        return ask
 
-    gpu, cpu_matmul, cpu_matmuls = asked(VulkanGemm), matmul, matmuls
+    gpu = asked(VulkanGemm)()
     atexit.register(gpu.close)
-    a_term = seconds(cpu_matmul, 32) / 32**3
-    a_trip = seconds(lambda *ab: asked(gpu.matmul, *ab), 8)
-    a_number = (seconds(lambda *ab: asked(gpu.matmul, *ab), 192) - a_trip) / (3 * 192 * 192)
+    return list(map(asked, asked(offload)(gpu, plain_matmul, plain_matmuls)))
 
-    def gain(a, b, transpose_a, transpose_b):
-        """Seconds that a product costs less on the GPU, the trip there and back not counted."""
-        (m, k), n = (len(a), len(a[0])), len(b) if transpose_b else len(b[0])
-        m, k = (k, m) if transpose_a else (m, k)
-        filled = 1.0
-        for rows in (a, b):
-            if is_sparse(rows):
-                filled *= sum(len(row.index) for row in rows) / (len(rows) * len(rows[0]))
-        return m * n * k * filled * a_term - (m * k + k * n + m * n) * a_number
+def use_engine(name):
+    """The engine of this name: scalar, tensor or vulkan. Only one is in use at a time."""
+    global matmul, matmuls
+    matmul, matmuls = gpu_products() if name == "vulkan" else (plain_matmul, plain_matmuls)
+    return Scalar if name == "scalar" else Tensor
 
-    def matmul(a, b, transpose_a=False, transpose_b=False, where=None):
-        if gain(a, b, transpose_a, transpose_b) < a_trip:
-            return cpu_matmul(a, b, transpose_a, transpose_b, where)
-        return asked(gpu.matmul, a, b, transpose_a, transpose_b)
 
-    def matmuls(a, b, transpose_a=False, transpose_b=False):
-        if sum(gain(x, y, transpose_a, transpose_b) for x, y in zip(a, b)) < a_trip:
-            return cpu_matmuls(a, b, transpose_a=transpose_a, transpose_b=transpose_b)
-        return asked(gpu.matmuls, a, b, transpose_a, transpose_b)
+# 12. All the cores ----------------------------------------------------------------------------------------
+#
+# Every large model is trained like this: many workers have the same weights, each computes the gradients of its
+# share of the batch, and the mean of them all, each by the size of its share, is the gradient of the whole. Python
+# runs one thread at a time, so a worker is a process. In each step the weights go out to the workers and the
+# gradients come back, as plain bytes; only this process moves the weights. Twice a second a worker gives a sign of
+# life, so that one that hangs is noticed. When nobody is there to take it, this process has died, and the worker
+# ends, too.
+
+def pack(weights):
+    """The numbers of weights or gradients, in one array."""
+    return array("d", chain.from_iterable(chain.from_iterable(weights.values())))
+
+def unpack(config, numbers):
+    """And back."""
+    numbers = iter(numbers)
+    return {name: [list(islice(numbers, n)) for _ in range(rows)] for name, (rows, n) in shapes(config).items()}
+
+def predictions(batch):
+    """The number of tokens that a batch predicts."""
+    return sum(map(len, batch)) - len(batch)
+
+def work(pipe, others, engine, config):
+    """The life of a worker: to send back the loss and the gradients of each share of a batch that comes."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # it is for the parent to stop
+    for other in others:
+        other.close()  # the parent's ends, where a fork copied them: open, they would hide its death
+    lock = threading.Lock()
+
+    def send(message):
+        try:
+            with lock:
+                pipe.send(message)
+        except OSError:
+            os._exit(1)
+
+    def live():
+        while True:
+            send(None)
+            time.sleep(0.5)
+
+    threading.Thread(target=live, daemon=True).start()
+    gc.disable()
+    try:
+        engine = use_engine(engine)
+        while True:
+            batch, part, data = pipe.recv()
+            loss, grads = loss_and_grads(engine, config, unpack(config, array("d", data)), batch)
+            send((part * loss, array("d", [part * g for g in pack(grads)]).tobytes()))
+    except (UserError, MemoryError) as error:
+        send(str(error) or "there is not enough memory")
+    except (EOFError, OSError):
+        os._exit(1)
+
+class Workers:
+    """n processes, each with the engine of this name: called with weights and a batch it gives what loss_and_grads
+    does, or raises a Halt."""
+
+    def __init__(self, n, engine, config):
+        from multiprocessing import connection, get_context  # slow to import, and few runs need it
+
+        self.config, self.pipes, self.processes = config, [], []
+        self.wait = connection.wait
+        atexit.register(self.stop)  # after that import, so it comes before what multiprocessing itself does at the end
+        context = get_context("spawn" if engine == "vulkan" else None)  # a GPU cannot be used on both sides of a fork
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+        for _ in range(n):
+            pipe, theirs = connection.Pipe()
+            self.pipes.append(pipe)
+            args = theirs, self.pipes[:], engine, config
+            self.processes.append(context.Process(target=work, args=args, daemon=True))
+            self.processes[-1].start()
+            theirs.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def stop(self):
+        """End all workers, whatever they are at."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+    def __call__(self, weights, batch):
+        data, n = pack(weights).tobytes(), len(self.pipes)
+
+        def send(pipe, share):
+            with suppress(OSError):  # that it has died, receive() will say
+                pipe.send((share, predictions(share) / predictions(batch), data))
+
+        for i, pipe in enumerate(self.pipes):  # in threads, as one that hangs takes nothing
+            threading.Thread(target=send, args=(pipe, batch[i::n]), daemon=True).start()
+        results, silence = {}, dict.fromkeys(range(n), 0.0)  # seconds without a sign of life
+        while silence:
+            start = time.monotonic()
+            ready = self.wait([self.pipes[i] for i in silence], 1)
+            waited = min(1, time.monotonic() - start)  # if it was longer, this process itself was stopped
+            for i in list(silence):
+                silence[i] = 0.0 if self.pipes[i] in ready else silence[i] + waited
+                message = self.receive(i) if self.pipes[i] in ready else None
+                if silence[i] >= 4:
+                    raise Halt(f"worker {i + 1} of {n} gives no sign of life")
+                if message:
+                    results[i] = message
+                    del silence[i]
+        losses, grads = zip(*[results[i] for i in range(n)])  # added in this order, so the sums are always the same
+        grads = [array("d", data) for data in grads]
+        return sum(losses), unpack(self.config, map(sum, zip(*grads)))
+
+    def receive(self, i):
+        """The next message of worker i: its part of the loss and of the gradients, or None."""
+        try:
+            message = self.pipes[i].recv()
+        except (EOFError, OSError):
+            self.processes[i].join(1)
+            message = f"has died (exit code {self.processes[i].exitcode})"
+        if isinstance(message, str):
+            raise Halt(f"worker {i + 1} of {len(self.pipes)}: {message}")
+        return message
 
 
 # ==========================================================================================================
@@ -983,54 +1095,36 @@ def little_endian(numbers):
         numbers.byteswap()
     return numbers
 
-def read_json(text):
-    """JSON without the traps: no name twice, no endless integer. Raises ValueError or RecursionError."""
-    def unique(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a name occurs twice")
-        return dict(pairs)
-
-    def short(digits):
-        if len(digits) > 20:
-            raise ValueError("an integer of too many digits")
-        return int(digits)
-
-    return json.loads(text, object_pairs_hook=unique, parse_int=short)
-
 def read_safetensors(path):
     """The matrices, as rows of floats, and the metadata of a file. A UserError says what is wrong with it."""
     def need(condition, what):
         if not condition:
             raise UserError(f"{path} is not a whole checkpoint: {what}")
 
-    def pair(numbers):
-        return type(numbers) is list and len(numbers) == 2 and all(type(n) is int and n >= 0 for n in numbers)
-
+    need(os.path.isfile(path) or not os.path.exists(path), "it is no file")
     try:
-        need(os.path.isfile(path) or not os.path.exists(path), "it is no file")
         with open(path, "rb") as file:
             content = memoryview(file.read())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    end = 8 + int.from_bytes(content[:8], "little")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    at = end = 8 + int.from_bytes(content[:8], "little")
     need(8 < end <= min(len(content), HEADER_LIMIT), "the length of its header")
+    tensors = {}
     try:
-        header = read_json(bytes(content[8:end]).decode())
+        header = json.loads(bytes(content[8:end]))
         metadata = header.pop("__metadata__")
         need(all(type(value) is str for value in metadata.values()), "its metadata")
-        keys = "data_offsets", "shape", "dtype"
-        entries = sorted([*(entry[key] for key in keys), name] for name, entry in header.items())
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            letter, (rows, columns) = {"F32": "f", "F64": "d"}[entry["dtype"]], entry["shape"]
+            start, at = at, at + rows * columns * array(letter).itemsize
+            need(entry["data_offsets"] == [start - end, at - end] and start < at <= len(content), f"{name!r}")
+            numbers = little_endian(array(letter, bytes(content[start:at])))
+            need(all(map(math.isfinite, numbers)), f"{name!r} holds a number that is not finite")
+            tensors[name] = [numbers[i : i + columns].tolist() for i in range(0, len(numbers), columns)]
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         need(False, f"its header ({type(error).__name__})")
-    tensors, at = {}, end
-    for offsets, shape, dtype, name in entries:
-        need(dtype in ("F32", "F64") and pair(offsets) and pair(shape) and min(shape) > 0, f"the entry of {name!r}")
-        (rows, columns), size = shape, 4 if dtype == "F32" else 8
-        start, at = at, at + rows * columns * size
-        need([start - end, at - end] == offsets and at <= len(content), f"the place of {name!r}")
-        numbers = little_endian(array("f" if dtype == "F32" else "d", bytes(content[start:at])))
-        need(all(map(math.isfinite, numbers)), f"{name!r} holds a number that is not finite")
-        tensors[name] = [numbers[i : i + columns].tolist() for i in range(0, rows * columns, columns)]
     need(at == len(content), "its length")
     return tensors, metadata
 
@@ -1043,10 +1137,12 @@ class State:
     weights: dict
     m: dict
     v: dict
+    rng: random.Random
     step: int = 0
+    seen: int = 0  # tokens so far
     recent: tuple = (0.0, 0)  # the sum of the losses since the last validation, and their number
 
-    def save(self, path, flags, rng):
+    def save(self, path, flags):
         """Write a checkpoint. Refuses to replace a good one with numbers that are not finite."""
         tensors = dict(self.weights)
         for kind, moments in (("m", self.m), ("v", self.v)):
@@ -1054,39 +1150,36 @@ class State:
         if not all(all(map(math.isfinite, row)) for (row,) in rows_of(tensors)):
             raise UserError(f"the weights have overflowed after step {self.step}: try a lower --lr")
         fields = {
-            "microgpt": 1,
-            "config": vars(self.config),
+            "flags": flags,
             "characters": "".join(self.tokenizer.ids),
             "merges": self.tokenizer.merges,
             "step": self.step,
+            "seen": self.seen,
             "recent": self.recent,
-            "flags": flags,
-            "random": rng.getstate(),
+            "random": self.rng.getstate(),
         }
         write_safetensors(path, tensors, {name: json.dumps(value) for name, value in fields.items()})
 
-def load_state(path, rng):
-    """The run that a checkpoint holds, and its flags; sets the state of the random generator."""
+def load_state(path, parse):
+    """The run that a checkpoint holds, and its flags, which parse() makes of a command line."""
     tensors, metadata = read_safetensors(path)
     try:
-        fields = {name: read_json(text) for name, text in metadata.items()}
-        config, characters, merges = Config(**fields["config"]), fields["characters"], fields["merges"]
-        if any(type(value) is not (str if name == "arch" else int) for name, value in vars(config).items()):
-            raise ValueError("config")
-        if type(characters) is not str or type(merges) is not list:
-            raise ValueError("vocabulary")
-        lengths = [1] * len(characters)
-        total = 0  # of the lengths of all tokens: a few merges can make texts beyond all memory
+        fields = {name: json.loads(text) for name, text in metadata.items()}
+        if not all(flag.startswith("--") and flag != "--help" for flag in fields["flags"]):
+            raise ValueError("flags")
+        flags, characters, merges, step = parse([*fields["flags"]]), fields["characters"], fields["merges"], fields["step"]
+        lengths, total = [1] * len(characters), 0
         for left, right in merges:
             lengths.append(lengths[left] + lengths[right])
             total += lengths[-1]
-            if min(left, right) < 0 or total > 50_000_000:
+            if min(left, right) < 0 or total > 50_000_000:  # a few merges can make texts beyond all memory
                 raise ValueError("merges")
         tokenizer = BPETokenizer(characters, merges)
-        if (fields["microgpt"], tokenizer.vocab_size, "".join(tokenizer.ids)) != (1, config.vocab_size, characters):
-            raise ValueError("vocabulary")
-        if 6 * config.n_layer > len(tensors) or type(fields["step"]) is not int or fields["step"] < 0:
-            raise ValueError("step or layers")
+        config = config_of(flags, tokenizer)
+        if any(map(vars(flags).get, THIS_TIME)) or config.n_layer > len(tensors):
+            raise ValueError("flags")
+        if "".join(tokenizer.ids) != characters or step < 0:
+            raise ValueError("characters or step")
         parts = []
         for prefix in ("", "optimizer.m.", "optimizer.v."):
             part = {name: tensors.pop(prefix + name) for name in shapes(config) if prefix + name in tensors}
@@ -1095,15 +1188,165 @@ def load_state(path, rng):
             parts.append(part or zeros(parts[0]))
         if tensors:
             raise ValueError("matrices that it should not have")
-        recent, number = fields["recent"]
-        if type(recent) is not float or type(number) is not int or number < 0 or not math.isfinite(recent):
-            raise ValueError("recent losses")
-        state = State(config, tokenizer, *parts, fields["step"], (recent, number))
+        total, number = fields["recent"]
         version, numbers, gauss = fields["random"]
+        rng = random.Random()
         rng.setstate((version, tuple(numbers), gauss))
-        return state, fields["flags"]
+        state = State(config, tokenizer, *parts, rng, int(step), int(fields["seen"]), (float(total), int(number)))
+        return state, flags
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is not a checkpoint of microgpt: {type(error).__name__} {error}") from None
+
+
+# 16. Looking inside ---------------------------------------------------------------------------------------
+#
+# What does a model make of a text? For each position --explain shows what it expected and what came: -log p of that
+# is the loss there, in nats, or with log2 in bits. Then it shows for each head where it looked: a row of the map is
+# a position, and the shades in it are the shares that it took of the values up to its own. --trace writes the
+# numbers of every step for other programs, to hold a port against; --plot draws the loss as a picture.
+
+def look(config, weights, ids):
+    """The logits at each of some positions, and the attention: for each layer and head the shares of each position
+    in those up to it."""
+    maps = []
+
+    class Watched(Tensor):
+        def attention(q, k, v, lengths, caches, n_head):
+            size = config.n_embd // n_head
+            for start in range(0, config.n_embd, size):
+                queries, keys = [[row[start : start + size] for row in x.data] for x in (q, k)]
+                scores = matmul(queries, keys, transpose_b=True)
+                maps.append([softmax([a / size**0.5 for a in row[: t + 1]]) for t, row in enumerate(scores)])
+            return Tensor.attention(q, k, v, lengths, caches, n_head)
+
+    with no_grad():
+        logits = gpt(Watched, config, Tensor.wrap(weights), [ids], [new_cache(config)])
+    return logits.data, [maps[i : i + config.n_head] for i in range(0, len(maps), config.n_head)]
+
+def explain(config, weights, tokenizer, ids, blocks=True):
+    """Yield the lines that show what a model makes of some tokens, in block characters or in ASCII."""
+    def name(i):
+        return "^" if i == tokenizer.bos else repr(tokenizer.tokens[i])[1:-1].replace(" ", "_")
+
+    def bar(p, width=5):
+        fill = " ▏▎▍▌▋▊▉█" if blocks else " #"
+        whole, rest = divmod(round(p * width * (len(fill) - 1)), len(fill) - 1)
+        return (whole * fill[-1] + fill[rest]).ljust(width)[:width]
+
+    logits, maps = look(config, weights, ids[:-1])
+    losses = []
+    yield f"{'token':6}{'next':6}    p   nats   bits  the five likeliest (^ is BOS, _ a space)"
+    for token, target, p in zip(ids, ids[1:], map(softmax, logits)):
+        losses.append(-math.log(p[target]))
+        best = sorted(range(len(p)), key=lambda i: (-p[i], i))[:5]
+        guesses = " ".join(f"{name(i):>2.2} {bar(p[i])}" for i in best)
+        facts = f"{p[target]:.3f} {losses[-1]:6.3f} {losses[-1] / math.log(2):6.3f}"
+        yield f"{name(token):5.5} {name(target):5.5} {facts}  {guesses}".rstrip()
+    mean = sum(losses) / len(losses)
+    yield f"{'mean':17} {mean:6.3f} {mean / math.log(2):6.3f}"
+    names, shades = [name(i) for i in ids[:-1]], "·░▒▓█" if blocks else ".:+*#"
+    wide = 2 if 7 + config.n_head * (2 * len(names) + 1) <= 80 else 1
+    abreast = max(1, (80 - 7) // (wide * len(names) + 1))
+    for layer, heads in enumerate(maps):
+        for first in range(0, len(heads), abreast):
+            some = heads[first : first + abreast]
+            yield f"\nlayer {layer}, attention of heads {first} to {first + len(some) - 1}, a row's shares of the columns"
+            yield " " * 7 + " ".join("".join(each[0].ljust(wide) for each in names) for _ in some)
+            for t, row in enumerate(zip(*some)):
+                cells = ["".join(shades[round(p * 4)] * wide for p in shares) for shares in row]
+                yield f"{names[t]:6.6} " + " ".join(cell.ljust(wide * len(names)) for cell in cells).rstrip()
+
+PICTURE = """<svg xmlns="http://www.w3.org/2000/svg" width="800" height="500" viewBox="0 0 800 500"><style>
+svg { color: #333; font: 12px monospace } rect { fill: #fff } text { fill: currentColor } .mark { color: #e5484d }
+path, polyline { fill: none; stroke: currentColor; stroke-width: 1.5 } .mean { color: #2f81f7; stroke-width: 2.5 }
+.dots { stroke-width: 6; stroke-linecap: round } .loss { color: #7a8494; stroke-opacity: 0.7; stroke-width: 1 }
+.rate { color: #2da160 } .grid { stroke-opacity: 0.15 } .middle { text-anchor: middle } .end { text-anchor: end }
+@media (prefers-color-scheme: dark) { svg { color: #ddd } rect { fill: #16191d } } .validation { color: #e0790b }
+.title { font: bold 15px monospace }</style><rect width="800" height="500"/>"""
+
+def limits(values):
+    """A range somewhat wider than that of the values, and never an empty one."""
+    low, high = min(values, default=0), max(values, default=0)
+    edge = (high - low) / 40 if high - low > 1e-7 * abs(high) else abs(high) / 10 or 1
+    return low and low - edge, high + edge
+
+def round_ticks(low, high, number, least=0):
+    """About so many numbers within the limits: the multiples of 1, 2 or 5 times a power of ten, but of least."""
+    power = 10.0 ** math.floor(math.log10((high - low) / number))
+    gap = max(least, next(unit * power for unit in (1, 2, 5, 10) if unit * power * number >= high - low))
+    return [i * gap for i in range(math.ceil(low / gap), math.floor(high / gap) + 1)]
+
+def smooth(points, high):
+    """The mean of a thirtieth of the curve about each point, less at its ends. What is over high counts as high."""
+    size, sums = len(points) // 60, [0, *accumulate(min(y, high) for _, y in points)]
+    spans = ((max(0, i - size), min(len(points), i + size + 1)) for i in range(len(points)))
+    return [(step, (sums[end] - sums[start]) / (end - start)) for (step, _), (start, end) in zip(points, spans)]
+
+def thin(points):
+    """The lowest and the highest point of each thousandth of a curve."""
+    size = len(points) // 1000 + 1
+    parts = (points[i : i + size] for i in range(0, len(points), size))
+    return [point for part in parts for point in sorted({f(part, key=lambda p: p[1]) for f in (min, max)})]
+
+def svg_text(x, y, text, kind, line=""):
+    """A text, and a line that belongs to it, as SVG."""
+    return f'<path class="{kind}" d="{line}"/><text class="{kind}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
+
+def draw_panel(low, high, top, bottom, across, curves):
+    """Curves over an axis from low to high, as SVG. curves are (name, points), and across(step) is an x."""
+    up = lambda y: bottom - (min(y, high) - low) / (high - low) * (bottom - top)  # in a picture y grows downwards
+    for y in round_ticks(low, high, (bottom - top) / 28):
+        yield svg_text(82, up(y) + 4, f"{y:,.10g}", "grid end", f"M90,{up(y):.1f}H770")
+    for x, (name, points) in zip((90, 310, 480), curves):
+        places = [f"{across(step):.1f},{up(y):.1f}" for step, y in thin(points)]
+        dots = "".join(f"M{place}h0" for place in (places if "validation" in name else places[-1:]))
+        yield svg_text(x + 32, top - 10, name, name, f"M{x},{top - 13.5}h24")
+        yield f'<polyline class="{name}" points="{" ".join(places)}"/><path class="dots {name}" d="{dots}"/>'
+
+def loss_plot(title, losses, validation, rates):
+    """A training as an SVG picture. The title is any text, the others are lists of (step, value), maybe empty. The
+    axis fits the usual losses: a curve beyond it runs along its edge, and a note names the worst, such as nan."""
+    raw, held_out, rate = ([p for p in points if abs(p[1]) < 1e99] for points in (losses, validation, rates))
+    usual = max(sorted(y for _, y in p)[(len(p) - 1) * 9 // 10] for p in ([(0, 0)], raw[:5], raw, held_out) if p)
+    low, high = limits([y for _, y in raw + held_out if y <= 3 * usual])
+    first, last = limits([step for step, _ in losses + validation + rates])
+    across = lambda step: 90 + (step - first) / (last - first) * 680
+    title = "".join(filter(str.isprintable, " ".join(title[:500].split())))
+    lines = wrap(title, 84 if title.isascii() else 40, max_lines=3, placeholder=" ...")
+    svg = [PICTURE, *(svg_text(400, 30 + 20 * i, line, "middle title") for i, line in enumerate(lines))]
+    notes = [(name, *p) for name, points in (("training", losses), ("validation", validation)) if points
+             for p in [max(points, key=lambda p: p[1] if abs(p[1]) < 1e99 else math.inf)] if not p[1] <= high]
+    top = 65 + 20 * len(lines) + 18 * len(notes)
+    for i, (name, step, y) in enumerate(notes, 1):
+        x, text = across(step), f"{name} loss {y:.4g} at step {step:,}"
+        svg.append(svg_text(max(340, x), top - 12 - 18 * i, text, "mark end", f"M{x:.1f},{top}V355"))
+    for x in round_ticks(first, last, 7, 1):
+        svg.append(svg_text(across(x), 477, f"{x:,.10g}", "grid middle", f"M{across(x):.1f},{top}V460"))
+    curves = [("loss (nats a token)", raw), ("running mean", smooth(raw, high)), ("in validation", held_out)]
+    svg += draw_panel(low, high, top, 355, across, curves[: 2 + bool(held_out)])
+    svg += draw_panel(*limits([0, *(y for _, y in rate)]), 388, 460, across, [("learning rate", rate)])
+    return "\n".join([*svg, svg_text(430, 494, "step", "middle"), "</svg>\n"])
+
+def traced(training, path, state, rate_at):
+    """The steps of a training, each also written to a file as a line of JSON, numbers with all their digits. The
+    first has the sum of squares of the gradient of each matrix, too."""
+    try:
+        with open(path, "a" if state.step else "w", encoding="utf-8") as file:
+            for step, loss, grads, batch in training:
+                squares = {name: sum(sumprod(row, row) for row in rows) for name, rows in grads.items()}
+                line = {
+                    "step": step + 1,
+                    "documents": list(map(state.tokenizer.decode, batch)),
+                    "tokens": batch,
+                    "loss": loss,
+                    "learning_rate": rate_at(step),
+                    "gradient_norm": math.sqrt(sum(squares.values())),
+                    "tokens_so_far": state.seen + predictions(batch),
+                }
+                print(json.dumps({**line, "gradient_squares": squares} if step == 0 else line), file=file, flush=True)
+                yield step, loss, grads, batch
+    except OSError as error:
+        raise Halt(f"cannot write {path}: {error.strerror}") from None
 
 
 # 17. The command line -------------------------------------------------------------------------------------
@@ -1170,6 +1413,9 @@ def make_parser():
     natural, size = number(int, 0, 10**12), number(int, 1, 10**9)
     real, share = number(float, 0), number(float, 0, 1)
 
+    def sizes(text):
+        return list(map(size, text.split(",")))
+
     def flag(names, kind, default, help, **more):
         *names, metavar = names.split()
         more.update({"choices": kind} if isinstance(kind, list) else {"type": kind, "metavar": metavar})
@@ -1211,6 +1457,10 @@ def make_parser():
     flag("--div-crit PCT", real, None, "stop if it is so many % above training")
     flag("--gen-every N", size, None, "show a sample every N steps")
 
+    flag("--plot FILE.svg", str, None, "draw the loss")
+    flag("--trace FILE.jsonl", str, None, "write a line of numbers a step")
+    flag("--explain TEXT", str, None, "show what the model makes of this text")
+
     group = parser.add_argument_group("keeping")
     flag("--save FILE", str, None, "keep the run in this file, to go on with --resume")
     flag("--save-every N", size, 500, "save every N steps, too")
@@ -1226,67 +1476,67 @@ def make_parser():
     group = parser.add_argument_group("engine")
     flag("--engine NAME", ["scalar", "tensor", "vulkan"], "tensor", "scalar: part one alone; vulkan: on the GPU")
     group.add_argument("--vulkan", dest="engine", action="store_const", const="vulkan", help="--engine vulkan")
+    flag("--workers N", size, 1, "processes to share each batch")
+    group.add_argument("--autotune", action="store_true", help="train nothing, but find the fastest settings")
+    flag("--batch-sizes N,N", sizes, None, "those that it tries (1,4,16)")
+    flag("--worker-counts N,N", sizes, None, "and as many workers (1,2,4 and so on, to the number of cores)")
     return parser
 
-NOT_SAVED = ("save", "save_every", "resume", "state", "rng")
-FIXED = ("layers", "d_model", "heads", "context", "arch", "vocab_size", "stream")
+FIXED = ("layers", "d_model", "heads", "context", "arch", "vocab_size", "stream")  # by what is in a checkpoint
+THIS_TIME = ("save", "resume", "plot", "trace", "explain", "autotune", "batch_sizes", "worker_counts")  # not saved
 
 def parse_args(argv):
-    """The flags as a namespace; with --resume those of the saved run, unless given anew, and its state and random
-    generator. Raises a UsageError if they make no sense."""
-    parser = make_parser()
+    """The flags as a namespace, and with --resume the run in that file, whose flags hold unless they are given
+    anew. Raises a UsageError if they make no sense."""
+    parser, state = make_parser(), None
     args = parser.parse_args(argv)
-    rng = random.Random()
-    if args.resume is None:
-        args.state, args.rng = None, None
-        return check(args)
-    state, flags = load_state(args.resume, rng)
-    try:
-        if not set(flags) <= set(vars(args)):
-            raise UserError("a flag that there is not")
-        saved = parser.parse_args(as_argv(flags))
-        config = Config(state.config.vocab_size, saved.layers, saved.d_model, saved.heads, saved.context, saved.arch)
-        if config != state.config:
-            raise UserError("its flags are those of another model")
-    except (UserError, AttributeError, TypeError) as error:
-        raise UserError(f"{args.resume} is not a checkpoint of microgpt: {error}") from None
-    args = parser.parse_args(argv, argparse.Namespace(**vars(saved)))
-    args.corpus = (args.corpus or [])[len(saved.corpus or []) :] or saved.corpus
-    for name in FIXED:
-        new, old = getattr(args, name), getattr(saved, name)
-        if new != old:
-            parser.error(f"--{name.replace('_', '-')} {new} contradicts {args.resume}, which has {old}")
-    args.state, args.rng, args.save = state, rng, args.save or args.resume
-    return check(args)
+    if args.resume is not None:
+        state, saved = load_state(args.resume, parser.parse_args)
+        corpus, args = args.corpus, parser.parse_args(argv, argparse.Namespace(**vars(saved)))
+        args.corpus, args.save = corpus or saved.corpus, args.save or args.resume
+        for name in FIXED:
+            new, old = getattr(args, name), getattr(saved, name)
+            if new != old:
+                parser.error(f"--{name.replace('_', '-')} {new} contradicts {args.resume}, which has {old}")
+    check(args)
+    return args, state
 
-def as_argv(flags):
-    """Saved flags as a command line, so that they are checked like one."""
-    for name, value in flags.items():
+def as_argv(args, leave_out):
+    """The command line that gives these flags, but for some."""
+    plain, out = vars(make_parser().parse_args([])), []
+    for name, value in vars(args).items():
         for each in value if isinstance(value, list) else [value]:
-            if name in NOT_SAVED or isinstance(each, (list, dict)):
-                raise TypeError(f"flag {name!r}")
-            if each is not None and each is not False:
-                yield f"--{name.replace('_', '-')}" + (f"={each}" if each is not True else "")
+            if value != plain[name] and name not in leave_out:
+                out.append(f"--{name.replace('_', '-')}" + ("" if each is True else f"={each}"))
+    return out
+
+def config_of(args, tokenizer):
+    """The model that the flags describe."""
+    return Config(tokenizer.vocab_size, args.layers, args.d_model, args.heads, args.context, args.arch)
 
 def check(args):
-    """Refuse flags that do not go together."""
+    """Refuse flags that do not go together, and files that cannot be written: better now than after hours."""
     if args.d_model % args.heads:
         raise UsageError(f"--heads {args.heads} does not divide --d-model {args.d_model}")
     if args.layers * 12 * args.d_model**2 + args.context * args.d_model > 10**9:
         raise UsageError("a model of more than a billion weights is too large for this program")
     if args.warmup_steps > args.steps:
         raise UsageError(f"--warmup-steps {args.warmup_steps} is longer than the run, --steps {args.steps}")
+    if args.workers > args.batch_size:
+        raise UsageError(f"--workers {args.workers} is more than --batch-size {args.batch_size}: nothing to share")
     if (args.div_warn, args.div_crit) != (None, None):
         args.val_fraction = args.val_fraction or 0.1
-    if args.save is not None:  # better to fail now than after hours
-        if os.path.exists(args.save) and args.save != args.resume:
-            read_safetensors(args.save)  # nothing but a checkpoint is replaced
+    for name, end in (("plot", ".svg"), ("trace", ".jsonl")):
+        if not (getattr(args, name) or end).endswith(end):
+            raise UsageError(f"--{name} writes a file that ends in {end}, not {getattr(args, name)}")
+    if args.save is not None and os.path.exists(args.save) and args.save != args.resume:
+        read_safetensors(args.save)  # nothing but a checkpoint is replaced
+    for path in filter(None, (args.save, args.plot, args.trace)):
         try:
-            open(args.save + ".part", "wb").close()
-            os.remove(args.save + ".part")
+            open(path + ".part", "wb").close()
+            os.remove(path + ".part")
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot save {args.save}: {getattr(error, 'strerror', None) or error}") from None
-    return args
+            raise UserError(f"cannot save {path}: {getattr(error, 'strerror', None) or error}") from None
 
 def load_corpus(args, rng):
     """The documents to train on, shuffled, and those that are held out; a stream is one document, its end held
@@ -1304,14 +1554,15 @@ def load_corpus(args, rng):
         raise UserError("the corpus is too small to hold a part of it out")
     return ([whole[:cut]], [whole[cut:]]) if args.stream else (whole[:cut], whole[cut:])
 
-def tokenize(args, docs, held_out):
-    """A tokenizer, the training documents in a form to take slices of, and what makes ids of such a slice."""
-    tokenizer = args.state.tokenizer if args.state else CharTokenizer(docs + held_out)
+def tokenize(args, tokenizer, docs, held_out):
+    """A tokenizer (of a saved run, or None for a new one), the training documents in a form to take slices of, and
+    what makes ids of such a slice."""
+    saved, tokenizer = tokenizer, tokenizer or CharTokenizer(docs + held_out)
     tokenizer.encode("".join(sorted(set().union(*docs, *held_out))))  # a saved one may lack some characters
     if not args.vocab_size:
         return tokenizer, docs, tokenizer.encode
     docs = ["".join(map(chr, CharTokenizer.encode(tokenizer, doc))) for doc in docs]
-    if args.state:
+    if saved:
         docs = tokenizer.merge(BETWEEN.join(docs)).split(BETWEEN)
     else:
         merges, docs = learn_merges(docs, args.vocab_size, len(tokenizer.tokens))
@@ -1328,11 +1579,9 @@ def held_out_batch(tokenizer, held_out, stream, block_size):
     """The token lists that validation is about: at most 128, spread over all that was held out."""
     if stream:
         ids = tokenizer.encode(held_out[0])
-        parts = [ids[start : start + block_size + 1] for start in range(0, len(ids), block_size)]
-        parts = [part for part in parts if len(part) > 1]
+        parts = [ids[start : start + block_size + 1] for start in range(0, len(ids) - 1, block_size)]
     else:
-        some = held_out[:: -(-len(held_out) // 128)]
-        parts = [[tokenizer.bos, *tokenizer.encode(doc), tokenizer.bos][: block_size + 1] for doc in some]
+        parts = [[tokenizer.bos, *tokenizer.encode(doc), tokenizer.bos][: block_size + 1] for doc in held_out]
     if not parts:
         raise UserError("the corpus is too small to hold a part of it out")
     return parts[:: -(-len(parts) // 128)]
@@ -1341,42 +1590,100 @@ def mean_loss(engine, config, weights, batch):
     """The mean loss over all tokens that a batch predicts, a document at a time and without recording."""
     with no_grad():
         w = engine.wrap(weights)
-        losses = [batch_loss(engine, config, w, [tokens]).data * (len(tokens) - 1) for tokens in batch]
-    return sum(losses) / sum(len(tokens) - 1 for tokens in batch)
+        return sum(batch_loss(engine, config, w, [ids]).data * (len(ids) - 1) for ids in batch) / predictions(batch)
 
-def watch(args, state, training, validate, sample_text, save, signals):
+def judge(args, step, loss, held_out):
+    """Print the losses of training and validation; warn or stop if they part."""
+    print(f"step {step:4d} / {args.steps:4d} | loss {loss:.4f} on average | validation {held_out:.4f}")
+    above = (held_out / max(loss, 1e-9) - 1) * 100
+    message = f"at step {step} the validation loss is {above:.0f} % above the training loss"
+    if args.div_crit is not None and above > args.div_crit:
+        raise Halt(message)
+    if above > (20 if args.div_warn is None else args.div_warn):
+        print(f"microgpt: warning: {message}", file=sys.stderr)
+
+def watch(args, state, training, losses, validate, sample_text, save, signals):
     """Run a training to its end or to a signal: print its losses and what else was asked for, save now and then."""
-    start, first, shown, tokens = time.monotonic(), state.step, 0.0, 0
-    for step, loss, batch in training:
+    start, first, before, shown = time.monotonic(), state.step, state.seen, 0.0
+    for step, loss, _, batch in training:
         state.step = step = step + 1
+        state.seen += predictions(batch)
+        losses.append((step, loss))
         print(f"step {step:4d} / {args.steps:4d} | loss {loss:.4f}", end="\r")
         if not math.isfinite(loss):
             raise UserError(f"the loss of step {step} is {loss}: try a lower --lr")
         state.recent = state.recent[0] + loss, state.recent[1] + 1
         if validate and (step % args.eval_every == 0 or step == args.steps):
             (total, number), state.recent = state.recent, (0.0, 0)
-            held_out, loss = validate(), total / number
-            print(f"step {step:4d} / {args.steps:4d} | loss {loss:.4f} on average | validation {held_out:.4f}")
-            above = (held_out / max(loss, 1e-9) - 1) * 100
-            message = f"at step {step} the validation loss is {above:.0f} % above the training loss"
-            if args.div_crit is not None and above > args.div_crit:
-                save()
-                raise UserError(message)
-            if above > (20 if args.div_warn is None else args.div_warn):
-                print(f"microgpt: warning: {message}", file=sys.stderr)
+            judge(args, step, total / number, validate())
         if args.gen_every and step % args.gen_every == 0:
             print(f"\nsample at step {step}: {sample_text(random.Random(step))}")
         if step % args.save_every == 0 or step == args.steps or signals.caught:
             save()
         if signals.caught:
             break
-        tokens += sum(map(len, batch)) - len(batch)
         seconds = time.monotonic() - start
         if sys.stderr.isatty() and seconds > shown + 0.2:
             speed = (step - first) / seconds
             shown, left = seconds, round((args.steps - step) / speed)
-            rates = f"{speed:.3g} steps/s, {tokens / seconds:.0f} tokens/s"
+            rates = f"{speed:.3g} steps/s, {(state.seen - before) / seconds:.0f} tokens/s"
             print(f"\x1b[34C{rates}, {left // 60}:{left % 60:02d} left\x1b[K", end="\r", file=sys.stderr)
+
+# The fastest settings depend on the machine and on the model, so --autotune asks them: every choice trains for a
+# moment, at a learning rate of 0, then those near the best again and again.
+
+def training_speed(args, state, batches, choice, seconds):
+    """Tokens a second, measured over at least so many seconds and one step, after one to warm up."""
+    engine, size, n = choice
+    workers = Workers(n, engine, state.config) if n > 1 else None
+    compute = workers or partial(loss_and_grads, use_engine(engine), state.config)
+    plan = batches(size), 10**9, lambda step: 0.0, OPTIMIZERS[args.optimizer]
+    training = train(compute, state.weights, state.m, state.v, *plan)
+    next(training)
+    start, passed, tokens = time.perf_counter(), 0.0, 0
+    while passed < seconds or not tokens:
+        tokens += predictions(next(training)[-1])
+        passed = time.perf_counter() - start
+    if workers:
+        workers.stop()
+    return tokens / passed
+
+def autotune(args, state, batches):
+    """Print the tokens a second of each choice of engine, batch size and workers, and the command with the best."""
+    import shlex, subprocess  # slow, and few runs need them
+
+    engines, cores = ["tensor"], os.cpu_count() or 1
+    try:
+        gpu_products()
+        engines.append("vulkan")
+    except UserError as error:
+        print(f"microgpt: note: --autotune leaves the GPU out: {error}", file=sys.stderr)
+    counts = args.worker_counts or [2**i for i in range(cores.bit_length())]
+    choices = [each for each in product(engines, args.batch_sizes or [1, 4, 16], counts) if each[2] <= each[1]]
+    if not choices:
+        raise UsageError("--autotune has nothing to try: a worker needs a document of the batch")
+    speeds, near, end, seconds = {}, choices, time.monotonic() + 45, 15 / len(choices)
+    try:
+        while near:
+            for choice in near:
+                best = max(speeds.values(), default=math.inf)
+                if time.monotonic() + seconds + 2 * predictions(batches(choice[1])(0)) / best > end and speeds:
+                    near = []  # out of time
+                    break
+                if sys.stderr.isatty():
+                    print("timing {}, batch size {}, workers {}\x1b[K".format(*choice), end="\r", file=sys.stderr)
+                speed = training_speed(args, state, batches, choice, seconds)
+                speeds[choice] = max(speed, speeds.get(choice, 0.0))
+            near, seconds = [each for each in near if speeds[each] > 0.85 * max(speeds.values())], 2.0
+    finally:
+        if speeds:
+            print(f"{'engine':8} batch size  workers  tokens/s")
+            for choice, speed in speeds.items():
+                print("{:8} {:10d} {:8d} {:9.0f}".format(*choice, speed))
+            args.engine, args.batch_size, args.workers = max(speeds, key=speeds.get)
+            flags = as_argv(args, ("autotune", "batch_sizes", "worker_counts"))
+            quoted = subprocess.list2cmdline if os.name == "nt" else shlex.join
+            print(quoted([sys.executable, sys.argv[0], *flags]))
 
 class Signals:
     """SIGINT and SIGTERM: in training the first lets the step end; all others end the run at once."""
@@ -1394,33 +1701,34 @@ class Signals:
         if not self.training:
             raise KeyboardInterrupt
 
-def run(args, signals):
-    """All that a command line asks for, from the corpus to the last sample."""
+def run(args, state, signals):
+    """All that a command line asks for, from the corpus to the last sample. state is that of a saved run, or None."""
     gc.disable()  # nothing here makes reference cycles, so the collector would find nothing
     rng = random.Random(args.seed)
     docs, held_out = load_corpus(args, rng)
     print(f"num docs: {len(docs)}")
-    tokenizer, docs, encode = tokenize(args, docs, held_out)
+    tokenizer, docs, encode = tokenize(args, state and state.tokenizer, docs, held_out)
     print(f"vocab size: {tokenizer.vocab_size}")
-    state, rng = args.state, args.rng or rng
     if state is None:
-        config = Config(tokenizer.vocab_size, args.layers, args.d_model, args.heads, args.context, args.arch)
+        config = config_of(args, tokenizer)
         weights = initial_weights(config, rng)
-        state = State(config, tokenizer, weights, zeros(weights), zeros(weights))
-    config, weights = state.config, state.weights
+        state = State(config, tokenizer, weights, zeros(weights), zeros(weights), rng)
+    config, weights, rng = state.config, state.weights, state.rng
     print(f"num params: {sum(map(len, chain(*weights.values())))}")
 
-    engine = Scalar if args.engine == "scalar" else Tensor
-    if args.engine == "vulkan":
-        use_gpu()
-    prompt = tokenizer.encode(args.prompt)
+    prompt, text = tokenizer.encode(args.prompt), tokenizer.encode(args.explain or "")
     if args.stream:
-        batch_at = stream_batches(docs[0], encode, args.context, args.batch_size, rng)
         prompt = prompt or [tokenizer.ids.get("\n", 0)]
     else:
-        batch_at = document_batches(docs, encode, tokenizer.bos, args.context, args.batch_size)
-        prompt = [tokenizer.bos, *prompt]
+        prompt, text = [tokenizer.bos, *prompt], [tokenizer.bos, *text, tokenizer.bos]
+    if args.explain is not None and len(text) < 2:
+        raise UserError("--explain needs two tokens at least")
     held_out = held_out and held_out_batch(tokenizer, held_out, args.stream, args.context)
+
+    def batches(size):
+        if args.stream:
+            return stream_batches(docs[0], encode, args.context, size, args.seed)
+        return document_batches(docs, encode, tokenizer.bos, args.context, size)
 
     def sample_text(rng):
         how = args.max_tokens or args.context, args.temperature, args.top_k, rng
@@ -1432,19 +1740,40 @@ def run(args, signals):
 
     def save():
         if args.save is not None:
-            state.save(args.save, {name: value for name, value in vars(args).items() if name not in NOT_SAVED}, rng)
+            state.save(args.save, as_argv(args, THIS_TIME))
             signals.saved = f"step {state.step} is saved in {args.save}"
 
+    if args.autotune:
+        return autotune(args, state, batches)
+    workers = Workers(args.workers, args.engine, config) if args.workers > 1 else None
+    engine = use_engine(args.engine)
+    compute = workers or partial(loss_and_grads, engine, config)
     optimizer = OPTIMIZERS[args.optimizer]
     if args.clip_grad is not None:
         optimizer = clipped(optimizer, args.clip_grad)
     settings = {name: getattr(args, name) for name in ("beta1", "beta2", "eps", "weight_decay")}
-    plan = batch_at, args.steps, rate_at, optimizer, state.step
-    training = train(engine, config, weights, state.m, state.v, *plan, **settings)
-    validate = held_out and (lambda: mean_loss(engine, config, weights, held_out))
+    plan = batches(args.batch_size), args.steps, rate_at, optimizer, state.step
+    training, losses, validations = train(compute, weights, state.m, state.v, *plan, **settings), [], []
+    if args.trace:
+        training = traced(training, args.trace, state, rate_at)
+
+    def validate():
+        validations.append((state.step, mean_loss(engine, config, weights, held_out)))
+        return validations[-1][1]
+
     signals.training = True
-    watch(args, state, training, validate, sample_text, save, signals)
-    if args.steps == 0 and not args.state:
+    try:
+        watch(args, state, training, losses, held_out and validate, sample_text, save, signals)
+    except Halt as reason:
+        save()
+        raise UserError(f"{reason}; {signals.saved}") from None
+    finally:
+        if args.plot:
+            with replacing(args.plot) as file:
+                title = " ".join(["microgpt", *as_argv(args, THIS_TIME)])
+                rates = [(step, rate_at(step - 1)) for step, _ in losses]
+                file.write(loss_plot(title, losses, validations, rates).encode())
+    if args.steps == 0 and state.step == 0:
         save()
     signals.training = False
     if signals.caught:
@@ -1455,6 +1784,10 @@ def run(args, signals):
         print(f"--- inference (new, hallucinated {'text' if args.stream else 'names'}) ---")
     for i in range(args.samples):
         print(f"sample {i + 1:2d}: {sample_text(rng)}")
+    if args.explain is not None:
+        blocks = "utf" in (sys.stdout.encoding or "").lower()
+        for line in explain(config, weights, tokenizer, text[: config.block_size + 1], blocks):
+            print(line)
 
 def main(argv=None):
     """Run the command line. Returns its exit status."""
@@ -1465,7 +1798,7 @@ def main(argv=None):
     signals, message, status = Signals(), None, 0
     try:
         try:
-            run(parse_args(argv), signals)
+            run(*parse_args(argv), signals)
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:

@@ -757,6 +757,48 @@ npPn/+IJ3hbX/wF3BcSA
 """
 
 
+# ---- Which products gain ---------------------------------------------------------------------------------
+# A product costs plain Python so long for each multiplication. Here it costs a trip, however small it is, and so
+# long for each number that travels. All three are measured once; then each product, or batch of products, goes
+# where it is cheaper. Rows may be sparse: one with an attribute `index` is 0 everywhere else, and plain Python
+# skips its zeros.
+
+def offload(gpu, plain_matmul, plain_matmuls):
+    """The two functions with those products sent to the GPU that gain by it. More keyword arguments than the
+    transposes are for the plain ones alone."""
+    def seconds(product, n):
+        a = [[0.1 + 0.01 * (i + j) for i in range(n)] for j in range(n)]
+        return min(best_time(lambda: product(a, a), at_least=0.0) for _ in range(3))
+
+    a_term = seconds(plain_matmul, 32) / 32 ** 3
+    a_trip = seconds(gpu.matmul, 8)
+    a_number = (seconds(gpu.matmul, 192) - a_trip) / (3 * 192 * 192)
+
+    def filled(rows):
+        """The share of numbers that are not known to be 0."""
+        if not hasattr(rows[0], "index") or callable(rows[0].index):
+            return 1.0
+        return sum(len(row.index) for row in rows) / (len(rows) * len(rows[0]))
+
+    def gain(a, b, transpose_a, transpose_b):
+        """Seconds that a product costs less on the GPU, the trip not counted."""
+        (m, k), n = (len(a), len(a[0])), len(b) if transpose_b else len(b[0])
+        m, k = (k, m) if transpose_a else (m, k)
+        return m * n * k * filled(a) * filled(b) * a_term - (m * k + k * n + m * n) * a_number
+
+    def matmul(a, b, transpose_a=False, transpose_b=False, **more):
+        if gain(a, b, transpose_a, transpose_b) < a_trip:
+            return plain_matmul(a, b, transpose_a, transpose_b, **more)
+        return gpu.matmul(a, b, transpose_a, transpose_b)
+
+    def matmuls(a, b, transpose_a=False, transpose_b=False):
+        if sum(gain(x, y, transpose_a, transpose_b) for x, y in zip(a, b)) < a_trip:
+            return plain_matmuls(a, b, transpose_a=transpose_a, transpose_b=transpose_b)
+        return gpu.matmuls(a, b, transpose_a, transpose_b)
+
+    return matmul, matmuls
+
+
 # ---- Checks and timings ----------------------------------------------------------------------------------
 
 def plain_matmul(a, b, transpose_a=False, transpose_b=False):
