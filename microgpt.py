@@ -494,7 +494,7 @@ def draw(logits, temperature, top_k, rng):
 # a trained model six of seven: rows that know where they are not save the rest of the work.
 
 sumprod = getattr(math, "sumprod", lambda a, b: sum(map(mul, a, b)))
-WRITTEN_OUT = 16 if hasattr(math, "sumprod") else 256  # dot products of fewer terms than this
+WRITTEN_OUT = 16 if hasattr(math, "sumprod") else 257  # dot products of fewer terms than this
 
 @lru_cache(maxsize=None)
 def dots(n):
@@ -542,7 +542,7 @@ def matmul(a, b, transpose_a=False, transpose_b=False, where=None):
     a = transpose(a) if transpose_a else a
     if is_sparse(a):
         b = transpose(b) if transpose_b else b
-        return [weighted_sum(weights, b) for weights in a]
+        return [weighted_sum([row[i] for i in row.index], [b[i] for i in row.index], len(b[0])) for row in a]
     b = b if transpose_b else transpose(b)
     product = dots(len(a[0]))
     if not where or not is_sparse(where):
@@ -550,21 +550,18 @@ def matmul(a, b, transpose_a=False, transpose_b=False, where=None):
     pairs = [(row, mask.index) for row, mask in zip(a, where)]
     return [SparseRow(len(b), index, product([row], [b[i] for i in index])[0]) for row, index in pairs]
 
-def weighted_sum(weights, rows):
-    """The sum of rows, each times its weight in a sparse row of weights: that row times a matrix."""
-    index = weights.index
-    if not index:
-        return [0.0] * len(rows[0])
-    return dots(len(index))([[weights[i] for i in index]], zip(*[rows[i] for i in index]))[0]
+def weighted_sum(weights, rows, width):
+    """The sum of rows of this width, each times its weight."""
+    return dots(len(weights))([weights], zip(*rows))[0] if weights else [0.0] * width
 
 def spread(a, b):
-    """A^T B for sparse rows in A: each row of B goes to row i of the product, times a[i]."""
-    out = [[0.0] * len(b[0])] * len(a[0])  # one row many times, which is fine: rows are replaced, not changed
-    for weights, row in zip(a, b):
-        for i in weights.index:
-            weight = weights[i]
-            out[i] = [x + weight * y for x, y in zip(out[i], row)]
-    return out
+    """A^T B for sparse rows in A: row i of the product is the sum of the rows of B, each times its a[i]."""
+    weights, rows = [[] for _ in a[0]], [[] for _ in a[0]]
+    for sparse, row in zip(a, b):
+        for i in sparse.index:
+            weights[i].append(sparse[i])
+            rows[i].append(row)
+    return list(map(weighted_sum, weights, rows, repeat(len(b[0]))))
 
 def matmuls(a, b, **transposes):
     """Many products at once: each matrix in a times its partner in b."""
@@ -701,22 +698,31 @@ class Tensor:
     # For each document and head y = P V, where P is the softmax of S = Q K^T / sqrt(size). As in linear
     # dV = P^T g, dP = g V^T, and but for sqrt(size) dQ = dS K and dK = dS^T Q. Raising s[i] raises p[i] by p[i], and
     # making the sum 1 again lowers every p[j] by p[j] p[i], so ds[i] = p[i] (dp[i] - the sum of all p[j] dp[j]).
-    # What a cache held before is a constant.
+    # What a cache held before is a constant. A long document goes block by block, each block of rows with its own
+    # past alone: that leaves out most of the future, which is half of the work. So the gradient of a key or a value
+    # is the sum of what its own block and all later ones pass on.
     def attention(q, k, v, lengths, caches, n_head):
-        size = len(q.data[0]) // n_head
+        size, block = len(q.data[0]) // n_head, 32
         heads = [slice(h * size, (h + 1) * size) for h in range(n_head)]
-        spans = [slice(stop - length, stop) for stop, length in zip(accumulate(lengths), lengths)]
-        for span, (keys, values) in zip(spans, caches):
-            keys += k.data[span]
-            values += v.data[span]
+        blocks = []
+        for stop, length, (keys, values) in zip(accumulate(lengths), lengths, caches):
+            for start in range(stop - length, stop, block):
+                end = min(start + block, stop)
+                keys += k.data[start:end]
+                values += v.data[start:end]
+                blocks.append((slice(start, end), slice(stop - length, end), keys[:], values[:]))
+        spans, pasts, ks, vs = zip(*blocks)
 
-        def split(docs):  # rows of each document -> a matrix for each document and head
-            return [[row[head] for row in rows] for rows in docs for head in heads]
+        def split(blocks):  # rows of each block -> a matrix for each block and head
+            return [[row[head] for row in rows] for rows in blocks for head in heads]
 
-        def join(parts):  # and back: the rows of this call, which are the last of each document
-            docs = [parts[i : i + n_head] for i in range(0, len(parts), n_head)]
-            rows = (zip(*[part[-n:] for part in doc]) for doc, n in zip(docs, lengths))
-            return [[*chain(*row)] for row in chain(*rows)]
+        def join(parts, spans):  # and back to one matrix: the last rows of each part go to its span, and add up
+            out, parts = [], iter(parts)
+            for span in spans:
+                rows = zip(*[part[span.start - span.stop :] for part in islice(parts, n_head)])
+                rows = [[*chain(*row)] for row in rows]
+                out[span] = [list(map(plus, *both)) for both in zip(out[span], rows)] + rows[len(out[span]) :]
+            return out
 
         def scaled(rows):
             return [[a / size**0.5 for a in row] for row in rows]
@@ -724,8 +730,7 @@ class Tensor:
         def shares(scores, seen):  # of the past alone: no position looks ahead
             return softmax(scores[:seen]) + [0.0] * (len(scores) - seen)
 
-        qs = split([scaled(q.data[span]) for span in spans])
-        ks, vs = split([keys for keys, _ in caches]), split([values for _, values in caches])
+        qs, ks, vs = split([scaled(q.data[span]) for span in spans]), split(ks), split(vs)
         scores = matmuls(qs, ks, transpose_b=True)
         ps = [list(map(shares, rows, count(len(rows[0]) - len(rows) + 1))) for rows in scores]
 
@@ -737,11 +742,11 @@ class Tensor:
             gs = split([g[span] for span in spans])
             dps = matmuls(gs, vs, transpose_b=True)
             dss = [list(map(softmax_rule, p, dp)) for p, dp in zip(ps, dps)]
-            q.receive(scaled(join(matmuls(dss, ks))))
-            k.receive(join(matmuls(dss, qs, transpose_a=True)))
-            v.receive(join(matmuls(ps, gs, transpose_a=True)))
+            q.receive(scaled(join(matmuls(dss, ks), spans)))
+            k.receive(join(matmuls(dss, qs, transpose_a=True), pasts))
+            v.receive(join(matmuls(ps, gs, transpose_a=True), pasts))
 
-        return Tensor(join(matmuls(ps, vs)), rule)
+        return Tensor(join(matmuls(ps, vs), spans), rule)
 
     # log(sum of e^z) has as slopes the softmax p, and -z[target] has -1 there: dz = (p - [target]) / n.
     def cross_entropy(logits, targets):
