@@ -10,9 +10,9 @@ tokens so far to a probability for each token that may come next, and training i
 it that make its guesses good. This file holds all of that and needs nothing but Python. It has three parts, and
 each is a place to stop:
 
-    Part one    the complete algorithm, one number at a time              sections 1 to 8
-    Part two    the same, much faster: whole matrices, longer tokens      sections 9 to 11
-    Part three  a tool for every day                                      sections 14 to 17
+    Part one    the complete algorithm, one number at a time               sections 1 to 8
+    Part two    the same, much faster: matrices, subwords, GPU, cores      sections 9 to 12
+    Part three  a tool for every day                                       sections 13 to 17
 
 Given the same input.txt and no flags, it draws the same random numbers and prints the same figures as microgpt by
 Andrej Karpathy, below called the reference.
@@ -26,6 +26,7 @@ import math
 import os
 import random
 import signal
+import struct
 import sys
 import threading
 import time
@@ -435,9 +436,9 @@ def linear_decay(done):
     return 1 - done
 
 def train(compute, weights, m, v, batch_at, steps, rate_at, optimizer=adam, first=0, **settings):
-    """Train the weights and their moments m and v, in place, from step `first` to `steps`. compute is loss_and_grads
-    with an engine and a config; batch_at and rate_at give each step its batch and its learning rate. After each step
-    yield its number, from 0, loss, gradients and batch."""
+    """Train the weights and their moments m and v, in place, from step `first` to `steps`. compute is
+    loss_and_grads with an engine and a config; batch_at and rate_at give each step its batch and its learning
+    rate. After each step yield its number, from 0, loss, gradients and batch."""
     for step in range(first, steps):
         batch = batch_at(step)
         loss, grads = compute(weights, batch)
@@ -934,9 +935,8 @@ class Workers:
         from multiprocessing import connection, get_context  # slow to import, and few runs need it
 
         self.config, self.pipes, self.processes = config, [], []
-        self.wait = connection.wait
-        atexit.register(self.stop)  # after that import, so it comes before what multiprocessing itself does at the end
-        context = get_context("spawn" if engine == "vulkan" else None)  # a GPU cannot be used on both sides of a fork
+        atexit.register(self.stop)  # after that import, and so before what multiprocessing does at the end
+        context = get_context("spawn" if engine == "vulkan" else None)  # a GPU does not outlive a fork
         before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
         for _ in range(n):
             pipe, theirs = connection.Pipe()
@@ -958,36 +958,26 @@ class Workers:
     def __call__(self, weights, batch):
         data, n = pack(weights).tobytes(), len(self.pipes)
 
-        def send(pipe, share):
-            with suppress(OSError):  # that it has died, receive() will say
-                pipe.send((share, predictions(share) / predictions(batch), data))
+        def send():
+            for i, pipe in enumerate(self.pipes):
+                with suppress(OSError):  # it has died, as receive() will say
+                    pipe.send((batch[i::n], predictions(batch[i::n]) / predictions(batch), data))
 
-        for i, pipe in enumerate(self.pipes):  # in threads, as one that hangs takes nothing
-            threading.Thread(target=send, args=(pipe, batch[i::n]), daemon=True).start()
-        results, silence = {}, dict.fromkeys(range(n), 0.0)  # seconds without a sign of life
-        while silence:
-            start = time.monotonic()
-            ready = self.wait([self.pipes[i] for i in silence], 1)
-            waited = min(1, time.monotonic() - start)  # if it was longer, this process itself was stopped
-            for i in list(silence):
-                silence[i] = 0.0 if self.pipes[i] in ready else silence[i] + waited
-                message = self.receive(i) if self.pipes[i] in ready else None
-                if silence[i] >= 4:
-                    raise Halt(f"worker {i + 1} of {n} gives no sign of life")
-                if message:
-                    results[i] = message
-                    del silence[i]
-        losses, grads = zip(*[results[i] for i in range(n)])  # added in this order, so the sums are always the same
-        grads = [array("d", data) for data in grads]
+        threading.Thread(target=send, daemon=True).start()  # for a worker that hangs takes nothing
+        losses, grads = zip(*map(self.receive, range(n)))  # in this order, so that the sums are always the same
+        grads = [array("d", part) for part in grads]
         return sum(losses), unpack(self.config, map(sum, zip(*grads)))
 
     def receive(self, i):
-        """The next message of worker i: its part of the loss and of the gradients, or None."""
+        """The part of worker i in the loss and in the gradients."""
+        message = None
         try:
-            message = self.pipes[i].recv()
+            while message is None:  # a sign of life. Not poll(4): this process, too, may have been stopped meanwhile
+                alive = any(self.pipes[i].poll(1) for _ in range(4))
+                message = self.pipes[i].recv() if alive else "no sign of life"
         except (EOFError, OSError):
             self.processes[i].join(1)
-            message = f"has died (exit code {self.processes[i].exitcode})"
+            message = f"it has died (exit code {self.processes[i].exitcode})"
         if isinstance(message, str):
             raise Halt(f"worker {i + 1} of {len(self.pipes)}: {message}")
         return message
@@ -996,6 +986,13 @@ class Workers:
 # ==========================================================================================================
 # PART THREE: A TOOL FOR EVERY DAY
 # ==========================================================================================================
+
+# 13. GPT-2 as published -----------------------------------------------------------------------------------
+#
+# Part one has the reference's lean layers. GPT-2's (Radford et al. 2019; `--arch gpt2`) differ in four things: layernorm
+# for rmsnorm, gelu for relu, a bias in every linear layer, and a last norm before lm_head in place of the first one.
+# They stand beside their siblings: the operations in sections 4 and 9, the rest in section 5.
+
 
 # 14. Optimizers in historical order -----------------------------------------------------------------------
 #
@@ -1092,13 +1089,7 @@ def write_safetensors(path, tensors, metadata):
     with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for (row,) in rows_of(tensors):
-            file.write(little_endian(array("d", row)))
-
-def little_endian(numbers):
-    """An array in the byte order of the format, or back."""
-    if sys.byteorder == "big":
-        numbers.byteswap()
-    return numbers
+            file.write(struct.pack(f"<{len(row)}d", *row))
 
 def read_safetensors(path):
     """The matrices, as rows of floats, and the metadata of a file. A UserError says what is wrong with it."""
@@ -1120,15 +1111,14 @@ def read_safetensors(path):
         metadata = header.pop("__metadata__")
         need(all(type(value) is str for value in metadata.values()), "its metadata")
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            letter, (rows, columns) = {"F32": "f", "F64": "d"}[entry["dtype"]], entry["shape"]
-            start, at = at, at + rows * columns * array(letter).itemsize
+            kind, (rows, columns) = {"F32": "f", "F64": "d"}[entry["dtype"]], entry["shape"]
+            start, at = at, at + rows * columns * struct.calcsize(kind)
             need(entry["data_offsets"] == [start - end, at - end] and start < at <= len(content), f"{name!r}")
-            numbers = little_endian(array(letter, bytes(content[start:at])))
-            need(all(map(math.isfinite, numbers)), f"{name!r} holds a number that is not finite")
-            tensors[name] = [numbers[i : i + columns].tolist() for i in range(0, len(numbers), columns)]
+            tensors[name] = list(map(list, struct.iter_unpack(f"<{columns}{kind}", content[start:at])))
+            need(all(map(math.isfinite, chain(*tensors[name]))), f"{name!r} holds a number that is not finite")
     except UserError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
         need(False, f"its header ({type(error).__name__})")
     need(at == len(content), "its length")
     return tensors, metadata
@@ -1172,7 +1162,7 @@ def load_state(path, parse):
         fields = {name: json.loads(text) for name, text in metadata.items()}
         if not all(flag.startswith("--") and flag != "--help" for flag in fields["flags"]):
             raise ValueError("flags")
-        flags, characters, merges, step = parse([*fields["flags"]]), fields["characters"], fields["merges"], fields["step"]
+        flags, characters, merges = parse([*fields["flags"]]), fields["characters"], fields["merges"]
         lengths, total = [1] * len(characters), 0
         for left, right in merges:
             lengths.append(lengths[left] + lengths[right])
@@ -1183,7 +1173,7 @@ def load_state(path, parse):
         config = config_of(flags, tokenizer)
         if any(map(vars(flags).get, THIS_TIME)) or config.n_layer > len(tensors):
             raise ValueError("flags")
-        if "".join(tokenizer.ids) != characters or step < 0:
+        if "".join(tokenizer.ids) != characters or fields["step"] < 0:
             raise ValueError("characters or step")
         parts = []
         for prefix in ("", "optimizer.m.", "optimizer.v."):
@@ -1197,8 +1187,8 @@ def load_state(path, parse):
         version, numbers, gauss = fields["random"]
         rng = random.Random()
         rng.setstate((version, tuple(numbers), gauss))
-        state = State(config, tokenizer, *parts, rng, int(step), int(fields["seen"]), (float(total), int(number)))
-        return state, flags
+        counts = int(fields["step"]), int(fields["seen"]), (float(total), int(number))
+        return State(config, tokenizer, *parts, rng, *counts), flags
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is not a checkpoint of microgpt: {type(error).__name__} {error}") from None
 
@@ -1607,33 +1597,6 @@ def judge(args, step, loss, held_out):
     if above > (20 if args.div_warn is None else args.div_warn):
         print(f"microgpt: warning: {message}", file=sys.stderr)
 
-def watch(args, state, training, losses, validate, sample_text, save, signals):
-    """Run a training to its end or to a signal: print its losses and what else was asked for, save now and then."""
-    start, first, before, shown = time.monotonic(), state.step, state.seen, 0.0
-    for step, loss, _, batch in training:
-        state.step = step = step + 1
-        state.seen += predictions(batch)
-        losses.append((step, loss))
-        print(f"step {step:4d} / {args.steps:4d} | loss {loss:.4f}", end="\r")
-        if not math.isfinite(loss):
-            raise UserError(f"the loss of step {step} is {loss}: try a lower --lr")
-        state.recent = state.recent[0] + loss, state.recent[1] + 1
-        if validate and (step % args.eval_every == 0 or step == args.steps):
-            (total, number), state.recent = state.recent, (0.0, 0)
-            judge(args, step, total / number, validate())
-        if args.gen_every and step % args.gen_every == 0:
-            print(f"\nsample at step {step}: {sample_text(random.Random(step))}")
-        if step % args.save_every == 0 or step == args.steps or signals.caught:
-            save()
-        if signals.caught:
-            break
-        seconds = time.monotonic() - start
-        if sys.stderr.isatty() and seconds > shown + 0.2:
-            speed = (step - first) / seconds
-            shown, left = seconds, round((args.steps - step) / speed)
-            rates = f"{speed:.3g} steps/s, {(state.seen - before) / seconds:.0f} tokens/s"
-            print(f"\x1b[34C{rates}, {left // 60}:{left % 60:02d} left\x1b[K", end="\r", file=sys.stderr)
-
 # The fastest settings depend on the machine and on the model, so --autotune asks them: every choice trains for a
 # moment, at a learning rate of 0, then those near the best again and again.
 
@@ -1706,93 +1669,132 @@ class Signals:
         if not self.training:
             raise KeyboardInterrupt
 
-def run(args, state, signals):
-    """All that a command line asks for, from the corpus to the last sample. state is that of a saved run, or None."""
-    gc.disable()  # nothing here makes reference cycles, so the collector would find nothing
-    rng = random.Random(args.seed)
-    docs, held_out = load_corpus(args, rng)
-    print(f"num docs: {len(docs)}")
-    tokenizer, docs, encode = tokenize(args, state and state.tokenizer, docs, held_out)
-    print(f"vocab size: {tokenizer.vocab_size}")
-    if state is None:
-        config = config_of(args, tokenizer)
-        weights = initial_weights(config, rng)
-        state = State(config, tokenizer, weights, zeros(weights), zeros(weights), rng)
-    config, weights, rng = state.config, state.weights, state.rng
-    print(f"num params: {sum(map(len, chain(*weights.values())))}")
+class Run:
+    """What a command line asks for, from the corpus to the last sample. state is that of a saved run, or None."""
 
-    prompt, text = tokenizer.encode(args.prompt), tokenizer.encode(args.explain or "")
-    if args.stream:
-        prompt = prompt or [tokenizer.ids.get("\n", 0)]
-    else:
-        prompt, text = [tokenizer.bos, *prompt], [tokenizer.bos, *text, tokenizer.bos]
-    if args.explain is not None and len(text) < 2:
-        raise UserError("--explain needs two tokens at least")
-    held_out = held_out and held_out_batch(tokenizer, held_out, args.stream, args.context)
-
-    def batches(size):
+    def __init__(self, args, state, signals):
+        self.args, self.signals, self.losses, self.validations = args, signals, [], []
+        rng = random.Random(args.seed)
+        docs, held_out = load_corpus(args, rng)
+        print(f"num docs: {len(docs)}")
+        tokenizer, self.docs, self.encode = tokenize(args, state and state.tokenizer, docs, held_out)
+        print(f"vocab size: {tokenizer.vocab_size}")
+        if state is None:
+            config = config_of(args, tokenizer)
+            weights = initial_weights(config, rng)
+            state = State(config, tokenizer, weights, zeros(weights), zeros(weights), rng)
+        self.state = state
+        print(f"num params: {sum(map(len, chain(*state.weights.values())))}")
+        self.prompt, self.text = tokenizer.encode(args.prompt), tokenizer.encode(args.explain or "")
         if args.stream:
-            return stream_batches(docs[0], encode, args.context, size, args.seed)
-        return document_batches(docs, encode, tokenizer.bos, args.context, size)
+            self.prompt = self.prompt or [tokenizer.ids.get("\n", 0)]
+        else:
+            self.prompt, self.text = [tokenizer.bos, *self.prompt], [tokenizer.bos, *self.text, tokenizer.bos]
+        if args.explain is not None and len(self.text) < 2:
+            raise UserError("--explain needs two tokens at least")
+        self.held_out = held_out and held_out_batch(tokenizer, held_out, args.stream, args.context)
 
-    def sample_text(rng):
-        how = args.max_tokens or args.context, args.temperature, args.top_k, rng
-        ids = takewhile(lambda token: token != tokenizer.bos, sample(engine, config, weights, prompt, *how))
-        return args.prompt + tokenizer.decode(ids)
+    def batches(self, size):
+        """A function from a step to its batch, of this size."""
+        if self.args.stream:
+            return stream_batches(self.docs[0], self.encode, self.args.context, size, self.args.seed)
+        return document_batches(self.docs, self.encode, self.state.tokenizer.bos, self.args.context, size)
 
-    def rate_at(step):
+    def rate_at(self, step):
+        """The learning rate of a step."""
+        args = self.args
         return learning_rate(step, args.steps, args.lr, args.warmup_steps, SCHEDULES[args.schedule])
 
-    def save():
-        if args.save is not None:
-            state.save(args.save, as_argv(args, THIS_TIME))
-            signals.saved = f"step {state.step} is saved in {args.save}"
+    def sample_text(self, rng):
+        """The prompt and what the model makes of it."""
+        args, state = self.args, self.state
+        how = args.max_tokens or args.context, args.temperature, args.top_k, rng
+        ids = sample(self.engine, state.config, state.weights, self.prompt, *how)
+        return args.prompt + state.tokenizer.decode(takewhile(lambda token: token != state.tokenizer.bos, ids))
 
-    if args.autotune:
-        return autotune(args, state, batches)
-    workers = Workers(args.workers, args.engine, config) if args.workers > 1 else None
-    engine = use_engine(args.engine)
-    compute = workers or partial(loss_and_grads, engine, config)
-    optimizer = OPTIMIZERS[args.optimizer]
-    if args.clip_grad is not None:
-        optimizer = clipped(optimizer, args.clip_grad)
-    settings = {name: getattr(args, name) for name in ("beta1", "beta2", "eps", "weight_decay")}
-    plan = batches(args.batch_size), args.steps, rate_at, optimizer, state.step
-    training, losses, validations = train(compute, weights, state.m, state.v, *plan, **settings), [], []
-    if args.trace:
-        training = traced(training, args.trace, state, rate_at)
+    def save(self):
+        """Write the checkpoint, if there is to be one."""
+        if self.args.save is not None:
+            self.state.save(self.args.save, as_argv(self.args, THIS_TIME))
+            self.signals.saved = f"step {self.state.step} is saved in {self.args.save}"
 
-    def validate():
-        validations.append((state.step, mean_loss(engine, config, weights, held_out)))
-        return validations[-1][1]
+    def train(self):
+        """Train to the end, or to a signal."""
+        args, state = self.args, self.state
+        workers = Workers(args.workers, args.engine, state.config) if args.workers > 1 else None
+        self.engine = use_engine(args.engine)
+        compute = workers or partial(loss_and_grads, self.engine, state.config)
+        optimizer = OPTIMIZERS[args.optimizer]
+        if args.clip_grad is not None:
+            optimizer = clipped(optimizer, args.clip_grad)
+        settings = {name: getattr(args, name) for name in ("beta1", "beta2", "eps", "weight_decay")}
+        plan = self.batches(args.batch_size), args.steps, self.rate_at, optimizer, state.step
+        training = train(compute, state.weights, state.m, state.v, *plan, **settings)
+        if args.trace:
+            training = traced(training, args.trace, state, self.rate_at)
+        self.signals.training = True
+        try:
+            self.watch(training)
+        except Halt as reason:
+            self.save()
+            raise UserError(f"{reason}; {self.signals.saved}") from None
+        finally:
+            if args.plot:
+                self.plot()
+        if state.step == 0:
+            self.save()
+        self.signals.training = False
+        if self.signals.caught:
+            raise KeyboardInterrupt
 
-    signals.training = True
-    try:
-        watch(args, state, training, losses, held_out and validate, sample_text, save, signals)
-    except Halt as reason:
-        save()
-        raise UserError(f"{reason}; {signals.saved}") from None
-    finally:
-        if args.plot:
-            with replacing(args.plot) as file:
-                title = " ".join(["microgpt", *as_argv(args, THIS_TIME)])
-                rates = [(step, rate_at(step - 1)) for step, _ in losses]
-                file.write(loss_plot(title, losses, validations, rates).encode())
-    if args.steps == 0 and state.step == 0:
-        save()
-    signals.training = False
-    if signals.caught:
-        raise KeyboardInterrupt
+    def watch(self, training):
+        """Go through the steps: print the losses and what else was asked for, save now and then."""
+        args, state = self.args, self.state
+        start, first, before, shown = time.monotonic(), state.step, state.seen, 0.0
+        for step, loss, _, batch in training:
+            state.step = step = step + 1
+            state.seen += predictions(batch)
+            self.losses.append((step, loss))
+            print(f"step {step:4d} / {args.steps:4d} | loss {loss:.4f}", end="\r")
+            if not math.isfinite(loss):
+                raise UserError(f"the loss of step {step} is {loss}: try a lower --lr")
+            state.recent = state.recent[0] + loss, state.recent[1] + 1
+            if self.held_out and (step % args.eval_every == 0 or step == args.steps):
+                (total, number), state.recent = state.recent, (0.0, 0)
+                self.validations.append((step, mean_loss(self.engine, state.config, state.weights, self.held_out)))
+                judge(args, step, total / number, self.validations[-1][1])
+            if args.gen_every and step % args.gen_every == 0:
+                print(f"\nsample at step {step}: {self.sample_text(random.Random(step))}")
+            if step % args.save_every == 0 or step == args.steps or self.signals.caught:
+                self.save()
+            if self.signals.caught:
+                break
+            seconds = time.monotonic() - start
+            if sys.stderr.isatty() and seconds > shown + 0.2:
+                speed = (step - first) / seconds
+                shown, left = seconds, round((args.steps - step) / speed)
+                rates = f"{speed:.3g} steps/s, {(state.seen - before) / seconds:.0f} tokens/s"
+                print(f"\x1b[34C{rates}, {left // 60}:{left % 60:02d} left\x1b[K", end="\r", file=sys.stderr)
 
-    print()
-    if args.samples:
-        print(f"--- inference (new, hallucinated {'text' if args.stream else 'names'}) ---")
-    for i in range(args.samples):
-        print(f"sample {i + 1:2d}: {sample_text(rng)}")
-    if args.explain is not None:
-        blocks = "utf" in (sys.stdout.encoding or "").lower()
-        for line in explain(config, weights, tokenizer, text[: config.block_size + 1], blocks):
-            print(line)
+    def plot(self):
+        """Draw the losses of this run."""
+        title = " ".join(["microgpt", *as_argv(self.args, THIS_TIME)])
+        rates = [(step, self.rate_at(step - 1)) for step, _ in self.losses]
+        with replacing(self.args.plot) as file:
+            file.write(loss_plot(title, self.losses, self.validations, rates).encode())
+
+    def show(self):
+        """Print the samples and what --explain asks for."""
+        args, state = self.args, self.state
+        print()
+        if args.samples:
+            print(f"--- inference (new, hallucinated {'text' if args.stream else 'names'}) ---")
+        for i in range(args.samples):
+            print(f"sample {i + 1:2d}: {self.sample_text(state.rng)}")
+        if args.explain is not None:
+            blocks = "utf" in (sys.stdout.encoding or "").lower()
+            ids = self.text[: args.context + 1]
+            print(*explain(state.config, state.weights, state.tokenizer, ids, blocks), sep="\n")
 
 def main(argv=None):
     """Run the command line. Returns its exit status."""
@@ -1801,9 +1803,15 @@ def main(argv=None):
         stream.reconfigure(errors="backslashreplace")  # a character that a terminal lacks must not end a run
         setattr(sys, name, stream)
     signals, message, status = Signals(), None, 0
+    gc.disable()  # nothing here makes reference cycles, so the collector would find nothing
     try:
         try:
-            run(*parse_args(argv), signals)
+            run = Run(*parse_args(argv), signals)
+            if run.args.autotune:
+                autotune(run.args, run.state, run.batches)
+            else:
+                run.train()
+                run.show()
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:
