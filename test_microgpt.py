@@ -1779,68 +1779,121 @@ class TestCommandLine(Files):
 
 
 # The benchmark --------------------------------------------------------------------------------------------
+#
+# Each row times a thing and another in turn, some rounds long, and gives the medians and the median of the ratios.
+
+MEDIUM = {"n_layer": 2, "n_embd": 64, "block_size": 64}
 
 
-def corpus():
-    """Documents, tokenizer and model of the default run."""
-    rng = random.Random(42)
-    docs = microgpt.read_documents([NAMES if os.path.exists(NAMES) else os.path.join(HERE, "input.txt")])
-    rng.shuffle(docs)
-    tokenizer = CharTokenizer(docs)
-    config = Config(tokenizer.vocab_size)
-    return docs, tokenizer, config, microgpt.initial_weights(config, rng)
-
-
-def ms_a_step(engine, steps):
-    """Milliseconds of an average step of the default run."""
-    docs, tokenizer, config, weights = corpus()
-    batch_at = microgpt.document_batches(docs, tokenizer.encode, tokenizer.bos, config.block_size, 1)
+def seconds(work, times=1):
+    """Seconds that a call takes, on average over so many."""
     start = time.perf_counter()
-    train(engine, config, weights, batch_at, steps, 1000)
-    return (time.perf_counter() - start) / steps * 1e3
+    for _ in range(times):
+        work()
+    return (time.perf_counter() - start) / times
 
 
-def tokens_a_second(engine, tokens):
-    """Tokens sampled a second by the default model."""
-    _, _, config, weights = corpus()
-    start, made = time.perf_counter(), 0
-    while made < tokens:
-        made += sum(1 for _ in microgpt.sample(engine, config, weights, [0], config.block_size))
-    return made / (time.perf_counter() - start)
+def step(steps=1, engine="tensor", workers=1, batch_size=1, stream=False, **sizes):
+    """A function that times a training step of the default model, or of one with other sizes: some at a time."""
+    docs = microgpt.read_documents([NAMES if os.path.exists(NAMES) else os.path.join(HERE, "input.txt")], stream)
+    rng, tokenizer = random.Random(42), CharTokenizer(docs)
+    rng.shuffle(docs)
+    config = Config(tokenizer.vocab_size, **sizes)
+    weights = microgpt.initial_weights(config, rng)
+    if stream:
+        batch_at = microgpt.stream_batches(docs[0], tokenizer.encode, config.block_size, batch_size, 42)
+    else:
+        batch_at = microgpt.document_batches(docs, tokenizer.encode, tokenizer.bos, config.block_size, batch_size)
+    compute = microgpt.Workers(workers, engine, config) if workers > 1 else None
+
+    def run(n=steps):
+        used = microgpt.use_engine(engine)
+        train(used, config, weights, batch_at, n, 1000, compute=compute)
+        microgpt.use_engine("tensor")
+
+    run(1)  # processes start, a GPU is measured
+    return lambda: seconds(run) / steps
 
 
-def yardstick(steps):
-    """Milliseconds that the reference takes for an average one of its first steps."""
-    seconds = []
-    for n in (1, steps + 1):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, YARDSTICK, NAMES, str(n), "1000"], stdout=subprocess.DEVNULL, check=True)
-        seconds.append(time.perf_counter() - start)
-    return (seconds[1] - seconds[0]) / steps * 1e3
+def yardstick():
+    """A function that times a step of the reference, an average one of its first."""
+    def run(steps):
+        command = [sys.executable, YARDSTICK, NAMES, str(steps), "1000"]
+        return seconds(lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True))
+
+    return lambda: (run(21) - run(1)) / 20
 
 
-def benchmark():
-    """Print what the default model costs: medians of five rounds, each of which measures everything."""
+def token(engine, documents):
+    """A function that times a token that the default model samples."""
+    config = Config(27)
+    weights = microgpt.initial_weights(config, random.Random(1))
+    make = lambda: list(microgpt.sample(engine, config, weights, [0], config.block_size))
+    return lambda: seconds(make, documents) / config.block_size
+
+
+def merges(learn):
+    """A function that times the learning of 500 merges of 200 kB."""
+    with open(SCRIPT, encoding="utf-8") as file:
+        docs, new = characters([(file.read() * 4)[:200_000]])
+    return lambda: seconds(lambda: learn(docs[:], 500, new))
+
+
+def saving():
+    """A function that times a checkpoint of the model of the rows on workers."""
+    config, tokenizer = Config(27, **MEDIUM), CharTokenizer(["abcdefghijklmnopqrstuvwxyz"])
+    weights = microgpt.initial_weights(config, random.Random(1))
+    moments = microgpt.zeros(weights)
+    state = microgpt.State(config, tokenizer, weights, moments, moments, random.Random(1))
+
+    def save():
+        with tempfile.TemporaryDirectory() as folder:
+            return seconds(lambda: state.save(os.path.join(folder, "a.safetensors"), []))
+
+    return save
+
+
+BENCHMARKS = [  # what, against what, rounds, and what makes the two functions that time them
+    ("a step", "the reference", 5, lambda: (step(300), yardstick())),
+    ("a step, `--engine scalar`", "the reference", 5, lambda: (step(20, "scalar"), yardstick())),
+    ("a sampled token", "`--engine scalar`", 5, lambda: (token(Tensor, 60), token(Scalar, 6))),
+    (
+        "a step of 8 windows of 64, 2 layers of 64, `--workers 2`",
+        "one process",
+        5,
+        lambda: [step(2, workers=n, batch_size=8, stream=True, **MEDIUM) for n in (2, 1)],
+    ),
+    (
+        "the same with layers of 128, `--vulkan`",
+        "plain Python",
+        3,
+        lambda: [step(1, name, 1, 8, True, **{**MEDIUM, "n_embd": 128}) for name in ("vulkan", "tensor")],
+    ),
+    ("500 merges of 200 kB", "a recount for each", 3, lambda: (merges(microgpt.learn_merges), merges(recount))),
+    ("a checkpoint of 2 layers of 64", "a step", 5, lambda: (saving(), step(1, "tensor", 1, 8, True, **MEDIUM))),
+]
+
+
+def benchmark(rows):
+    """Print what things cost, as a table: all rows, or those with these numbers."""
     gc.disable()  # as the command line does
-    rounds = {"tensor": [], "scalar": [], "sampling": [], "reference": []}
-    for _ in range(5):
-        rounds["tensor"].append(ms_a_step(Tensor, 300))
-        rounds["scalar"].append(ms_a_step(Scalar, 20))
-        rounds["sampling"].append(tokens_a_second(Tensor, 1000))
-        if os.path.exists(YARDSTICK):
-            rounds["reference"].append(yardstick(20))
-    median = {name: statistics.median(values) for name, values in rounds.items() if values}
-    print(f"{sys.implementation.name} {sys.version.split()[0]}, default model, median of 5")
-    print(f"engine tensor  {median['tensor']:10.2f} ms a step")
-    print(
-        f"engine scalar  {median['scalar']:10.2f} ms a step {median['scalar'] / median['tensor']:10.1f} times tensor"
-    )
-    if "reference" in median:
-        reference = median["reference"]
-        ratio = statistics.median(map(lambda a, b: a / b, rounds["reference"], rounds["tensor"]))
-        print(f"the reference  {reference:10.2f} ms a step {ratio:10.1f} times tensor")
-    print(f"sampling       {median['sampling']:10.0f} tokens a second")
+    print(f"{sys.implementation.name} {sys.version.split()[0]}, {os.cpu_count()} cores\n")
+    print("| row | what | ms | against | ms | ratio |\n|---|---|---|---|---|---|")
+    for i, (what, against, rounds, prepare) in enumerate(BENCHMARKS, 1):
+        if rows and str(i) not in rows:
+            continue
+        missing = "no yardstick" if against == "the reference" and not os.path.exists(YARDSTICK) else ""
+        missing = missing or (NO_VULKAN if "--vulkan" in what else "")
+        if missing:
+            print(f"| {i} | {what} | left out: {missing} | | | |")
+            continue
+        timers = prepare()
+        times = [[timer() for timer in timers] for _ in range(rounds)]
+        ratio = statistics.median(b / a for a, b in times)
+        numbers = [statistics.median(column) * 1e3 for column in zip(*times)]
+        ours, theirs, ratio = (f"{x:.{2 * (x < 10) or int(x < 100)}f}" for x in [*numbers, ratio])
+        print(f"| {i} | {what} | {ours} | {against} | {theirs} | {ratio} |", flush=True)
 
 
 if __name__ == "__main__":
-    benchmark() if sys.argv[1:] == ["benchmark"] else unittest.main()
+    benchmark(sys.argv[2:]) if sys.argv[1:2] == ["benchmark"] else unittest.main()
