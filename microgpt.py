@@ -1229,13 +1229,13 @@ def explain(config, weights, tokenizer, ids, blocks=True):
         return (whole * fill[-1] + fill[rest]).ljust(width)[:width]
 
     logits, maps = look(config, weights, ids[:-1])
-    losses = []
+    with no_grad():
+        losses = [Tensor.cross_entropy(Tensor([row]), [i]).data for row, i in zip(logits, ids[1:])]
     yield f"{'token':6}{'next':6}    p   nats   bits  the five likeliest (^ is BOS, _ a space)"
-    for token, target, p in zip(ids, ids[1:], map(softmax, logits)):
-        losses.append(-math.log(p[target]))
+    for token, target, loss, p in zip(ids, ids[1:], losses, map(softmax, logits)):
         best = sorted(range(len(p)), key=lambda i: (-p[i], i))[:5]
         guesses = " ".join(f"{name(i):>2.2} {bar(p[i])}" for i in best)
-        facts = f"{p[target]:.3f} {losses[-1]:6.3f} {losses[-1] / math.log(2):6.3f}"
+        facts = f"{p[target]:.3f} {loss:6.3f} {loss / math.log(2):6.3f}"
         yield f"{name(token):5.5} {name(target):5.5} {facts}  {guesses}".rstrip()
     mean = sum(losses) / len(losses)
     yield f"{'mean':17} {mean:6.3f} {mean / math.log(2):6.3f}"
@@ -1245,7 +1245,8 @@ def explain(config, weights, tokenizer, ids, blocks=True):
     for layer, heads in enumerate(maps):
         for first in range(0, len(heads), abreast):
             some = heads[first : first + abreast]
-            yield f"\nlayer {layer}, attention of heads {first} to {first + len(some) - 1}, a row's shares of the columns"
+            span = f"layer {layer}, heads {first} to {first + len(some) - 1}"
+            yield f"\n{span}: where each row looks, from {shades[0]} under 1/8 to {shades[-1]} over 7/8"
             yield " " * 7 + " ".join("".join(each[0].ljust(wide) for each in names) for _ in some)
             for t, row in enumerate(zip(*some)):
                 cells = ["".join(shades[round(p * 4)] * wide for p in shares) for shares in row]

@@ -27,6 +27,7 @@ import tempfile
 import time
 import unittest
 import unittest.mock
+import xml.etree.ElementTree as ElementTree
 from array import array
 from collections import Counter
 from functools import partial
@@ -1479,6 +1480,431 @@ class TestCheckpoints(Files):
         steps = str(state.step + 2)
         status, out, errors = self.main("--resume", self.path, "--steps", steps, "--samples", "0")
         self.assertEqual((status, errors, out.count("loss")), (0, "", 2))
+
+
+# 16. Looking inside ---------------------------------------------------------------------------------------
+
+
+def by_hand(config, weights, ids):
+    """Probabilities and attention shares of a microgpt, position after position, in loops and sums alone."""
+    def product(name, x):
+        return [sum(a * b for a, b in zip(row, x)) for row in weights[name]]
+
+    def norm(x):
+        return [a / math.sqrt(sum(b * b for b in x) / len(x) + 1e-5) for a in x]
+
+    def shares_of(scores):
+        exps = [math.exp(a) for a in scores]
+        return [a / sum(exps) for a in exps]
+
+    size = config.n_embd // config.n_head
+    past = [([], []) for _ in range(config.n_layer)]
+    probabilities, maps = [], [[[] for _ in range(config.n_head)] for _ in range(config.n_layer)]
+    for t, i in enumerate(ids):
+        x = norm([a + b for a, b in zip(weights["wte"][i], weights["wpe"][t])])
+        for layer, (keys, values) in enumerate(past):
+            q, k, v = (product(f"layer{layer}.attn_w{letter}", norm(x)) for letter in "qkv")
+            keys.append(k)
+            values.append(v)
+            y = []
+            for head in range(config.n_head):
+                channels = range(head * size, (head + 1) * size)
+                shares = shares_of([sum(q[c] * key[c] for c in channels) / math.sqrt(size) for key in keys])
+                maps[layer][head].append(shares)
+                y += [sum(share * value[c] for share, value in zip(shares, values)) for c in channels]
+            x = [a + b for a, b in zip(x, product(f"layer{layer}.attn_wo", y))]
+            h = [max(0, a) for a in product(f"layer{layer}.mlp_fc1", norm(x))]
+            x = [a + b for a, b in zip(x, product(f"layer{layer}.mlp_fc2", h))]
+        probabilities.append(shares_of(product("lm_head", x)))
+    return probabilities, maps
+
+
+class TestExplain(Files):
+    def setUp(self):
+        super().setUp()
+        self.tokenizer = CharTokenizer(["abcdefghij"])
+        self.config, weights = model(n_head=4)
+        self.weights = {name: [[2 * a for a in row] for row in rows] for name, rows in weights.items()}
+        self.ids = [10, 0, 3, 3, 7, 1, 10]
+
+    def lines(self, ids=None, **settings):
+        return list(microgpt.explain(self.config, self.weights, self.tokenizer, ids or self.ids, **settings))
+
+    def test_what_it_looks_at_is_what_a_computation_by_hand_finds(self):
+        logits, maps = microgpt.look(self.config, self.weights, self.ids[:-1])
+        probabilities, by_hand_maps = by_hand(self.config, self.weights, self.ids[:-1])
+        self.assertClose(list(map(microgpt.softmax, logits)), probabilities)
+        self.assertEqual((len(maps), len(maps[0])), (2, 4))
+        for got, wanted in zip(sum(maps, []), sum(by_hand_maps, [])):
+            self.assertEqual(list(map(len, got)), [1, 2, 3, 4, 5, 6])
+            self.assertClose(got, wanted)
+        self.assertGreater(max(abs(a - 1 / 6) for a in maps[1][2][5]), 0.1)  # it is not all the same
+
+    def test_every_row_of_every_map_adds_up_to_1(self):
+        for arch in ("microgpt", "gpt2"):
+            config, weights = model(arch)
+            _, maps = microgpt.look(config, weights, [1, 2, 3, 4, 5, 6, 7, 8])
+            for row in sum(sum(maps, []), []):
+                self.assertAlmostEqual(sum(row), 1, 12)
+                self.assertGreater(min(row), 0)
+
+    def test_the_logits_are_those_of_training(self):
+        for arch in ("microgpt", "gpt2"):
+            config, weights = model(arch)
+            wanted = logits(Tensor, config, weights, self.ids[:-1])
+            self.assertEqual(microgpt.look(config, weights, self.ids[:-1])[0], wanted)
+
+    def test_the_numbers_in_the_table(self):
+        probabilities, _ = by_hand(self.config, self.weights, self.ids[:-1])
+        lines = self.lines()
+        total = 0.0
+        for line, i, target, p in zip(lines[1:], self.ids, self.ids[1:], probabilities):
+            name = lambda i: "abcdefghij^"[i]
+            token, following, chance, nats, bits, *guesses = line.split()
+            self.assertEqual((token, following), (name(i), name(target)))
+            self.assertEqual(chance, f"{p[target]:.3f}")
+            self.assertEqual((nats, bits), (f"{-math.log(p[target]):.3f}", f"{-math.log2(p[target]):.3f}"))
+            best = sorted(range(11), key=p.__getitem__)[::-1][:5]
+            self.assertEqual([guess for guess in guesses if guess in "abcdefghij^"], list(map(name, best)))
+            total -= math.log(p[target]) / 6
+        self.assertEqual(lines[7].split(), ["mean", f"{total:.3f}", f"{total / math.log(2):.3f}"])
+
+    def test_the_shades_are_those_of_the_shares(self):
+        _, maps = by_hand(self.config, self.weights, self.ids[:-1])
+        lines = self.lines(blocks=False)
+        first = next(i for i, line in enumerate(lines) if line.startswith("\nlayer 1"))
+        for t in range(6):
+            row = lines[first + 2 + t][7:].ljust(52)
+            for head in range(4):
+                cells = row[head * 13 :][: 2 * t + 2]
+                self.assertEqual(cells[::2], cells[1::2])
+                shades = [".:+*#".index(cell) for cell in cells[::2]]
+                self.assertEqual(shades, [round(4 * share) for share in maps[1][head][t]])
+            self.assertEqual(row[2 * t + 2 : 13].strip(), "")  # nothing of the future
+
+    def test_16_tokens_and_4_heads_fit_80_columns_in_blocks_and_in_ascii(self):
+        self.config, self.weights = model(n_embd=16, n_head=4, block_size=16)
+        for blocks in (True, False):
+            lines = "\n".join(self.lines([10, *range(10), *range(5), 10], blocks=blocks)).split("\n")
+            self.assertLessEqual(max(map(len, lines)), 80)
+            self.assertEqual(sum("heads 0 to 3" in line for line in lines), 2)
+            self.assertEqual("\n".join(lines).isascii(), not blocks)
+
+    def test_more_heads_than_fit_side_by_side_go_below_each_other(self):
+        self.config, self.weights = model(n_embd=48, n_head=12, block_size=16)
+        lines = "\n".join(self.lines([10, *range(10), *range(5), 10])).split("\n")
+        self.assertLessEqual(max(map(len, lines)), 80)
+        heads = [re.search(r"heads (\d+) to (\d+)", line).groups() for line in lines if "layer 1" in line]
+        self.assertEqual(heads, [("0", "3"), ("4", "7"), ("8", "11")])
+
+    def test_odd_tokens_keep_to_their_columns(self):
+        tokens = "\n\t \\'\"é☃a^"
+        self.tokenizer, self.ids = CharTokenizer([tokens]), [9, 8, 7, 6, 5, 4, 3, 2, 1]
+        lines = self.lines()
+        self.assertEqual({line[12:17].count(".") for line in lines[1:9]}, {1})
+        self.assertTrue(all(line.isprintable() for line in "\n".join(lines).split("\n")))
+
+    def test_a_probability_of_almost_0_is_no_infinite_loss(self):
+        self.weights["lm_head"] = [[1e4 * a for a in row] for row in self.weights["lm_head"]]
+        for line in self.lines()[1:8]:
+            self.assertNotRegex(line, "inf|nan|Error")
+
+    def test_after_training_and_from_a_checkpoint_it_says_the_same(self):
+        self.file("input.txt", "emma\nolivia\nava\n")
+        flags = ["--steps", "5", "--samples", "0", "--explain", "emma"]
+        trained = self.run_script(*flags, "--save", "a.safetensors")
+        resumed = self.run_script("--resume", "a.safetensors", "--explain", "emma", "--samples", "0")
+        self.assertEqual((trained.returncode, trained.stderr, resumed.stderr), (0, "", ""))
+        table = trained.stdout.index("token next")
+        self.assertEqual(trained.stdout[table:], resumed.stdout[resumed.stdout.index("token next") :])
+        self.assertRegex(trained.stdout[table:], r"\n\^     e     0\.\d{3} +\d\.\d{3}")
+
+    def test_a_terminal_without_block_characters_gets_ascii(self):
+        self.file("input.txt", "emma\nolivia\nava\n")
+        for encoding in ("ascii", "latin-1", "cp1252"):
+            done = self.run_script("--steps", "1", "--explain", "ava", env={"PYTHONIOENCODING": encoding})
+            self.assertEqual((done.returncode, done.stderr, done.stdout.isascii()), (0, "", True))
+            self.assertNotIn("\\u", done.stdout)
+
+    def test_a_text_that_cannot_be_explained_is_refused_before_training(self):
+        self.file("input.txt", "emma\nolivia\nava\n")
+        self.assertIn("step", self.run_script("--steps", "1", "--explain", "").stdout)  # BOS, and BOS again
+        done = self.assertRefused(1, "'x'", "--explain", "x")
+        self.assertNotIn("loss", done.stdout)
+        self.assertRefused(1, "two tokens", "--stream", "--context", "4", "--explain", "e")
+
+
+SVG = "{http://www.w3.org/2000/svg}"
+RAW, MEAN, VALIDATION, RATE = "loss (nats a token)", "running mean", "in validation", "learning rate"
+
+
+def noisy(steps, first=1, low=2.0):
+    rng = random.Random(1)
+    return [(first + i, low + math.exp(-i / 200) + rng.random() / 4) for i in range(steps)]
+
+
+class Picture:
+    """A parsed picture: its texts, its curves as lists of (x, y), and its curves mapped back to data."""
+
+    def __init__(self, title="a run", losses=(), validation=(), rates=()):
+        self.svg = microgpt.loss_plot(title, list(losses), list(validation), list(rates))
+        self.root = ElementTree.fromstring(self.svg.encode())  # fails on what is no XML, or no UTF-8
+        texts = self.root.iter(SVG + "text")
+        self.texts = [(e.get("class"), float(e.get("x")), float(e.get("y")), e.text) for e in texts]
+        self.curves = {
+            e.get("class"): [tuple(map(float, pair.split(","))) for pair in e.get("points").split()]
+            for e in self.root.iter(SVG + "polyline")
+        }
+
+    def of(self, kind):
+        return [text for each, _, _, text in self.texts if each == kind]
+
+    def data(self, kind):
+        """A curve as (step, value), by way of the tick labels: a line through the first and the last of an axis."""
+        def axis(ticks):
+            (a, at), (b, bt) = ticks[0], ticks[-1]
+            return lambda place: at + (place - a) / (b - a) * (bt - at)
+
+        number = lambda text: float(text.replace(",", ""))
+        across = axis([(x, number(t)) for k, x, _, t in self.texts if k == "grid middle"])
+        ticks = [(y - 4, number(t)) for k, _, y, t in self.texts if k == "grid end"]
+        up = axis([tick for tick in ticks if (tick[0] > 370) == (kind == RATE)])
+        return [(across(x), up(y)) for x, y in self.curves[kind]]
+
+    def dots(self, kind):
+        found = [e.get("d") for e in self.root.iter(SVG + "path") if e.get("class") == "dots " + kind]
+        return [tuple(map(float, pair)) for pair in re.findall(r"M([\d.]+),([\d.]+)h0", found[0])]
+
+
+class TestPlot(Files):
+    def inside(self, picture):
+        for kind, points in picture.curves.items():
+            for x, y in points:
+                self.assertTrue(90 <= x <= 770, (kind, x))
+                self.assertTrue(388 <= y <= 460 if kind == RATE else 40 <= y <= 355, (kind, y))
+        for kind, x, y, text in picture.texts:
+            width = len(text) * (9.1 if "title" in kind else 7.3) * (1 if text.isascii() else 2)
+            left = x - width * ("end" in kind) - width / 2 * ("middle" in kind)
+            self.assertTrue(-1 <= left and left + width <= 801 and 10 <= y <= 498, (kind, x, y, text))
+        for kind in picture.of("grid end") + picture.of("grid middle"):
+            self.assertNotIn("nan", kind)
+
+    def test_every_case_is_a_valid_picture(self):
+        losses = noisy(1000)
+        rates = [(step, 0.01 * (1 - step / 1000)) for step, _ in losses]
+        spiky = losses[:500] + [(501, 1e6)] + losses[501:]
+        cases = {
+            "usual": (losses, losses[99::100], rates),
+            "empty": ([], [], []),
+            "one": (losses[:1], [], rates[:1]),
+            "two": (losses[:2], losses[1:2], rates[:2]),
+            "only validation": ([], losses[:1], []),
+            "constant": ([(i, 2.0) for i in range(1, 100)], [], []),
+            "zero": ([(i, 0.0) for i in range(1, 100)], [(99, 0.0)], [(i, 0.0) for i in range(1, 100)]),
+            "nan": (losses + [(1001, math.nan)], [(1001, math.inf)], rates),
+            "only nan": ([(1, math.nan)], [(1, math.nan)], []),
+            "spike": (spiky, [], rates),
+            "resumed": (noisy(11, 50000), [(50010, 2.2)], [(50000 + i, 1e-5) for i in range(11)]),
+            "very late": (noisy(11, 50_000_000), [], []),
+            "huge": ([(1, 1.7e308)], [], []),
+            "nearly constant": ([(i, 2 + i * 1e-9) for i in range(50)], [], []),
+        }
+        for name, case in cases.items():
+            with self.subTest(name):
+                picture = Picture(name, *case)
+                self.inside(picture)
+                self.assertLess(len(picture.svg.encode()), 200_000)
+                self.assertNotRegex(picture.svg, r'(points|d|x|y)="[^"]*(nan|inf)')
+                self.assertNotRegex(picture.svg, r"<script|href|url\(|@import")
+                self.assertIn("step", picture.of("middle"))
+                for label in (RAW, RATE):
+                    self.assertIn(label, picture.of(label))
+                self.assertEqual(VALIDATION in picture.curves, any(abs(y) < 1e99 for _, y in case[1]))
+
+    def test_numbers_are_where_they_should_be(self):
+        losses, rates = noisy(200, 300), [(300 + i, 3e-4 * (i + 1) / 200) for i in range(200)]
+        picture = Picture("t", losses, losses[19::20], rates)
+        for kind, points, error in ((RAW, losses, 0.005), (VALIDATION, losses[19::20], 0.005), (RATE, rates, 2e-6)):
+            drawn = picture.data(kind)
+            self.assertEqual(len(drawn), len(points))
+            for (step, value), (x, y) in zip(points, drawn):
+                self.assertAlmostEqual(x, step, delta=0.1)
+                self.assertAlmostEqual(y, value, delta=error)
+        self.assertEqual(picture.dots(VALIDATION), picture.curves[VALIDATION])
+
+    def test_mean(self):
+        self.assertEqual(microgpt.smooth([(i, 7.0) for i in range(300)], 9), [(i, 7.0) for i in range(300)])
+        line = microgpt.smooth([(i, float(i)) for i in range(600)], 1e9)
+        self.assertEqual(line[10:590], [(i, i) for i in range(10, 590)])  # it lags nowhere
+        self.assertEqual((line[0][1], line[-1][1]), (5, 594))
+        self.assertEqual(microgpt.smooth([(1, 2.0), (2, 3.0)], 9), [(1, 2.0), (2, 3.0)])
+        spiky = [(i, 1e6 if i == 300 else 2.0) for i in range(600)]
+        self.assertLess(max(y for _, y in microgpt.smooth(spiky, 4.0)), 2.2)
+        wild = lambda curve: sum(abs(b[1] - a[1]) for a, b in zip(curve, curve[1:]))
+        self.assertLess(wild(microgpt.smooth(noisy(1000), 9)), wild(noisy(1000)) / 5)
+
+    def test_round_ticks(self):
+        rng = random.Random(2)
+        for _ in range(3000):
+            low = rng.choice((0, rng.uniform(0, 10), 10 ** rng.uniform(-9, 9)))
+            high = low + 10 ** rng.uniform(-9, 9) + low * 1e-6
+            number = rng.uniform(2.57, 11)
+            ticks = microgpt.round_ticks(low, high, number)
+            self.assertTrue(1 < len(ticks) + (low > 0) and len(ticks) <= number + 1, (low, high, number, ticks))
+            self.assertTrue(all(low <= tick * (1 + 1e-12) and tick <= high * (1 + 1e-12) for tick in ticks))
+            gap = (high - low) if len(ticks) < 2 else (ticks[-1] - ticks[0]) / (len(ticks) - 1)
+            if len(ticks) > 1:
+                digit = float(f"{gap:.3e}".split("e")[0])
+                self.assertIn(digit, (1, 2, 5), (low, high, ticks))
+        self.assertEqual(microgpt.round_ticks(0, 1, 7, 1), [0, 1])
+        self.assertEqual(microgpt.round_ticks(0, 1000, 7, 1), [0, 200, 400, 600, 800, 1000])
+
+    def test_tick_labels_are_round_and_different(self):
+        for first, count in ((1, 1), (1, 2), (1, 7), (50000, 11), (1, 1000), (1, 12345)):
+            steps = Picture("t", noisy(count, first)).of("grid middle")
+            self.assertEqual(len(set(steps)), len(steps))
+            self.assertTrue(steps and all(re.fullmatch(r"\d{1,3}(,\d{3})*", step) for step in steps), steps)
+        nearly = Picture("t", [(i, 2 + i * 1e-9) for i in range(900)]).of("grid end")[:-2]
+        self.assertEqual(len(set(nearly)), len(nearly))
+
+    def test_limits(self):
+        self.assertEqual(microgpt.limits([]), (0, 1))
+        self.assertEqual(microgpt.limits([0]), (0, 1))
+        self.assertEqual(microgpt.limits([0, 40]), (0, 41))
+        low, high = microgpt.limits([2.0])
+        self.assertTrue(low < 2 < high)
+        self.assertEqual(round(microgpt.limits([2, 2 + 1e-12])[0], 6), 1.8)  # ticks so near could not be told apart
+
+    def test_spikes_are_kept_however_many_steps(self):
+        for steps in (2000, 100_000):
+            losses = noisy(steps)
+            losses[777], losses[1500] = (778, 5.9), (1501, 0.4)
+            drawn = Picture("t", losses).data(RAW)
+            self.assertTrue(any(abs(y - 5.9) < 0.02 and abs(x - 778) < steps / 3000 for x, y in drawn))
+            self.assertTrue(any(abs(y - 0.4) < 0.02 and abs(x - 1501) < steps / 3000 for x, y in drawn))
+            self.assertLessEqual(len(drawn), 2001)
+            self.assertEqual(drawn, sorted(drawn, key=lambda point: point[0]))
+
+    def test_thin(self):
+        few = noisy(1000)[:999]
+        self.assertEqual(microgpt.thin(few), few)
+        many = [(i, float(i % 37)) for i in range(12345)]
+        self.assertLessEqual(len(microgpt.thin(many)), 2000)
+        self.assertLessEqual(set(microgpt.thin(many)), set(many))
+        for start in range(0, 12345, 13):
+            part = [y for _, y in many[start : start + 13]]
+            kept = [y for i, y in microgpt.thin(many) if start <= i < start + 13]
+            self.assertEqual((min(part), max(part)), (min(kept), max(kept)))
+
+    def test_a_giant_spike_leaves_the_rest_readable(self):
+        for place in (0, 1, 500, 998, 999):
+            losses = noisy(1000)
+            losses[place] = (place + 1, 1e6)
+            picture = Picture("t", losses)
+            drawn = picture.data(RAW)
+            self.assertLess(max(y for _, y in drawn), 10)
+            x = picture.curves[RAW][place][0]
+            self.assertEqual(picture.curves[RAW][place][1], min(y for _, y in picture.curves[RAW]))  # at the top
+            self.assertEqual(picture.of("mark end"), [f"training loss 1e+06 at step {place + 1:,}"])
+            marks = [e.get("d") for e in picture.root.iter(SVG + "path") if e.get("class") == "mark end"]
+            self.assertTrue(marks[0].startswith(f"M{x:.1f},"), marks)
+
+    def test_no_note_for_a_usual_run(self):
+        by_heart = [(i, 10.8 * math.exp(-i / 40) + 0.01) for i in range(1, 3001)]
+        for losses in (noisy(1000), by_heart, noisy(1)):
+            picture = Picture("t", losses, [(3000, 12.0)])
+            self.assertEqual(picture.of("mark end"), [])
+            self.assertAlmostEqual(picture.data(VALIDATION)[0][1], 12, delta=0.1)
+            self.assertEqual(Picture("t", losses).of("mark end"), [])
+
+    def test_what_is_not_finite_is_marked(self):
+        for value in (math.nan, math.inf):
+            losses = noisy(300) + [(301, value)]
+            picture = Picture("t", losses, [(100, 2.5), (200, value), (300, 2.4)])
+            expected = [f"training loss {value} at step 301", f"validation loss {value} at step 200"]
+            self.assertEqual(picture.of("mark end"), expected)
+            self.assertEqual(len(picture.curves[RAW]), 300)
+            self.assertEqual(len(picture.curves[VALIDATION]), 2)
+            rows = [y for kind, _, y, _ in picture.texts if kind == "mark end"]
+            self.assertGreaterEqual(abs(rows[0] - rows[1]), 14)  # they do not overlap
+
+    def test_titles(self):
+        for title in ("", " \n", "x" * 10_000, "word " * 3000, "\u6a21" * 300, "W" * 84, "a-b" * 200):
+            picture = Picture(title, noisy(30))
+            self.inside(picture)
+            self.assertLessEqual(len(picture.of("middle title")), 3)
+        self.assertEqual(Picture("1 < 2 & <b>'\"]]>").of("middle title"), ["1 < 2 & <b>'\"]]>"])
+        wild = "a\x00b\x01\ud800\udfffc\ufffe\uffff\x7f\x1bd\te\nf\x85g \U0001f600\U0010ffff"
+        self.assertEqual(Picture(wild).of("middle title"), ["abcd e f g \U0001f600"])
+        self.assertEqual(" ".join(Picture("word " * 30).of("middle title")), "word " * 29 + "word")
+        for code in [*range(0x300), *range(0xD7F0, 0xE010), *range(0xFFF0, 0x10010)]:
+            ElementTree.fromstring(microgpt.loss_plot("x" + chr(code), [], [], []).encode())
+
+    def test_both_colour_schemes(self):
+        style = Picture().root.find(SVG + "style").text
+        self.assertIn("prefers-color-scheme: dark", style)
+
+    def test_a_million_steps(self):
+        losses = [(i, 2.0 + (i * 7919 % 1000) / 1000) for i in range(1, 1_000_001)]
+        rates = [(i, 0.01) for i in range(1, 1_000_001)]
+        start = time.perf_counter()
+        picture = Picture("t", losses, losses[:: 1000], rates)
+        self.assertLess(time.perf_counter() - start, 6)  # 2 on a quiet machine
+        self.assertLess(len(picture.svg), 200_000)
+        self.inside(picture)
+        self.assertLess(len(Picture("t", losses, losses, rates).svg), 200_000)
+
+    def of_run(self, status, errors, *flags):
+        """The picture that a run of the command line leaves."""
+        self.file("input.txt", "emma\nolivia\nava\n")
+        path = os.path.join(self.folder.name, "run.svg")
+        done = self.run_script(*flags, "--samples", "0", "--plot", path)
+        self.assertEqual(done.returncode, status, done.stderr)
+        self.assertRegex(done.stderr, errors)
+        self.assertFalse(os.path.exists(path + ".part"))
+        with open(path, encoding="utf-8") as file:
+            return ElementTree.fromstring(file.read()), done
+
+    def test_the_command_line_draws_its_losses(self):
+        flags = ["--steps", "30", "--lr", "0.02", "--val-fraction", "0.4", "--eval-every", "7", "--div-warn", "1e9"]
+        root, done = self.of_run(0, "^$", *flags)
+        curves = {e.get("class"): e.get("points").split() for e in root.iter(SVG + "polyline")}
+        self.assertEqual({k: len(v) for k, v in curves.items()}, {RAW: 30, MEAN: 30, VALIDATION: 5, RATE: 30})
+        losses = [float(loss) for loss in re.findall(r"loss (\S+)\r", done.stdout)]
+        heights = [float(place.split(",")[1]) for place in curves[RAW]]
+        self.assertEqual(len(losses), 30)
+        for a, y in zip(losses, heights):
+            self.assertTrue(all(y > z - 0.2 for b, z in zip(losses, heights) if b > a))  # a lower loss, a lower place
+        self.assertGreater(max(heights) - min(heights), 100)
+        title = next(e.text for e in root.iter(SVG + "text") if "title" in e.get("class"))
+        self.assertTrue(title.startswith("microgpt --steps=30 --lr=0.02 --val-fraction=0.4"), title)
+
+    def test_a_run_that_ends_early_is_drawn_too(self):
+        root, _ = self.of_run(1, "^microgpt: error: the loss of step", "--optimizer", "sgd", "--lr", "1e300")
+        self.assertTrue(any("training loss" in (e.text or "") for e in root.iter(SVG + "text")))
+
+    @unittest.skipIf(os.name == "nt", "needs POSIX signals")
+    def test_an_interrupted_run_is_drawn(self):
+        self.file("input.txt", "emma\nolivia\nava\n")
+        command = [sys.executable, SCRIPT, "--steps", "1000000", "--plot", "run.svg"]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdout=pipe, stderr=pipe, cwd=self.folder.name) as process:
+            process.stdout.read(5000)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=20)
+        self.assertEqual((process.returncode, errors.count(b"\n")), (130, 1))
+        ElementTree.parse(os.path.join(self.folder.name, "run.svg"))
+
+    def test_a_plot_or_a_trace_never_takes_the_place_of_something_else(self):
+        path = self.file("names.txt", "emma\n")
+        for name in ("--plot", "--trace"):
+            self.assertRefused(2, "ends in", "--corpus", path, name, path)
+        self.assertRefused(1, "cannot save", "--corpus", path, "--plot", "nowhere/a.svg")
+
+    def test_numbers_are_short(self):
+        picture = Picture("t", noisy(1000), noisy(1000)[::50], [(i, 1 / 3 / i) for i in range(1, 1001)])
+        for e in picture.root.iter(SVG + "polyline"):
+            self.assertRegex(e.get("points"), r"^(\d+\.\d,\d+\.\d ?)+$")
 
 
 # 17. The command line -------------------------------------------------------------------------------------
