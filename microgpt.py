@@ -1617,8 +1617,9 @@ def training_speed(args, state, batches, choice, seconds):
         workers.stop()
     return tokens / passed
 
-def autotune(args, state, batches):
-    """Print the tokens a second of each choice of engine, batch size and workers, and the command with the best."""
+def autotune(args, state, batches, limit=45):
+    """Print the tokens a second of each choice of engine, batch size and workers, and the command with the best.
+    Takes about so many seconds, or less if one is clearly the best."""
     import shlex, subprocess  # slow, and few runs need them
 
     engines, cores = ["tensor"], os.cpu_count() or 1
@@ -1631,19 +1632,17 @@ def autotune(args, state, batches):
     choices = [each for each in product(engines, args.batch_sizes or [1, 4, 16], counts) if each[2] <= each[1]]
     if not choices:
         raise UsageError("--autotune has nothing to try: a worker needs a document of the batch")
-    speeds, near, end, seconds = {}, choices, time.monotonic() + 45, 15 / len(choices)
+    speeds, end, seconds = {}, time.monotonic() + limit, limit / 3 / len(choices)
     try:
-        while near:
-            for choice in near:
+        while len(choices) > 1 or not speeds:
+            for choice in choices:
                 best = max(speeds.values(), default=math.inf)
                 if time.monotonic() + seconds + 2 * predictions(batches(choice[1])(0)) / best > end and speeds:
-                    near = []  # out of time
-                    break
+                    return  # out of time
                 if sys.stderr.isatty():
                     print("timing {}, batch size {}, workers {}\x1b[K".format(*choice), end="\r", file=sys.stderr)
-                speed = training_speed(args, state, batches, choice, seconds)
-                speeds[choice] = max(speed, speeds.get(choice, 0.0))
-            near, seconds = [each for each in near if speeds[each] > 0.85 * max(speeds.values())], 2.0
+                speeds[choice] = max(training_speed(args, state, batches, choice, seconds), speeds.get(choice, 0.0))
+            choices, seconds = [each for each in choices if speeds[each] > 0.85 * max(speeds.values())], limit / 20
     finally:
         if speeds:
             print(f"{'engine':8} batch size  workers  tokens/s")

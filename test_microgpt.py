@@ -972,6 +972,202 @@ class TestVulkan(Files):
             self.assertRegex(done.stderr, "^microgpt: error: the GPU cannot go on: .*MICROGPT_VULKAN_DEVICE")
 
 
+# 12. All the cores ----------------------------------------------------------------------------------------
+
+
+def children(pid):
+    """The processes that a process has started and that are still there, dead or alive."""
+    with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as file:
+        return list(map(int, file.read().split()))
+
+
+def gone(pid):
+    """Whether a process is not there, or dead and only waiting to be forgotten."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+SEES_PROCESSES = os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+
+
+class TestWorkers(Files):
+    def losses(self, *flags, name="trace.jsonl"):
+        """The losses, with all their digits, of a run that must end well."""
+        path = os.path.join(self.folder.name, name)
+        done = self.run_script("--samples", "0", "--trace", path, *flags)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        with open(path, encoding="utf-8") as file:
+            return [json.loads(line)["loss"] for line in file]
+
+    def content(self, name):
+        with open(os.path.join(self.folder.name, name), "rb") as file:
+            return file.read()
+
+    def assertSame(self, got, wanted):
+        self.assertEqual(len(got), len(wanted))
+        for a, b in zip(got, wanted):
+            self.assertAlmostEqual(a / b, 1, delta=1e-9)
+
+    def setUp(self):
+        super().setUp()
+        self.file("input.txt", "".join(f"{name}\n" for name in "emma olivia ava bo christopher isabella jo".split()))
+
+    def test_the_mean_over_shares_of_any_size_is_that_of_the_batch(self):
+        config, weights = model()
+        rng = random.Random(3)
+        batch = [[rng.randrange(11) for _ in range(n)] for n in (9, 2, 5, 3, 7)]
+        loss, grads = microgpt.loss_and_grads(Tensor, config, weights, batch)
+        for n in (2, 3, 5):
+            workers = microgpt.Workers(n, "tensor", config)
+            for _ in range(2):
+                got_loss, got_grads = workers(weights, batch)
+                self.assertAlmostEqual(got_loss, loss, 12)
+                self.assertEqual(list(got_grads), list(grads))
+                self.assertClose(got_grads, grads, 1e-12)
+            workers.stop()
+            self.assertTrue(all(process.exitcode is not None for process in workers.processes))
+
+    def test_1_2_and_4_workers_come_to_the_same_losses_in_50_steps(self):
+        for flags in (["--batch-size", "5"], ["--batch-size", "4", "--stream", "--context", "12"]):
+            flags += ["--steps", "50", "--layers", "2"]
+            one = self.losses(*flags)
+            self.assertEqual(len(one), 50)
+            for n in ("2", "4"):
+                self.assertSame(self.losses(*flags, "--workers", n), one)
+
+    def test_as_many_workers_come_to_the_same_bytes_each_time(self):
+        for n in ("2", "3"):
+            for name in ("a.safetensors", "b.safetensors"):
+                self.losses("--steps", "20", "--batch-size", "4", "--workers", n, "--save", name)
+            self.assertEqual(self.content("a.safetensors"), self.content("b.safetensors"))
+
+    def test_a_run_goes_on_with_other_workers(self):
+        flags = ["--batch-size", "4", "--schedule", "constant"]
+        whole = self.losses("--steps", "20", *flags)
+        self.losses("--steps", "10", "--workers", "2", "--save", "a.safetensors", *flags)
+        for n in ("1", "3", "4"):
+            path = shutil.copy(os.path.join(self.folder.name, "a.safetensors"), os.path.join(self.folder.name, n))
+            self.assertSame(self.losses("--resume", path, "--steps", "20", "--workers", n, name=n + ".jsonl"), whole[10:])
+
+    def test_every_way_to_start_a_process(self):
+        import multiprocessing
+
+        one = self.losses("--steps", "3", "--batch-size", "4", name="one.jsonl")
+        driver = self.file(
+            "driver.py",
+            f"import multiprocessing, sys\nsys.path.insert(0, {HERE!r})\nimport microgpt\n"
+            "if __name__ == '__main__':\n    multiprocessing.set_start_method(sys.argv[1])\n"
+            "    sys.exit(microgpt.main(sys.argv[2:]))\n",
+        )
+        for method in multiprocessing.get_all_start_methods():
+            flags = ["--steps", "3", "--batch-size", "4", "--workers", "2", "--samples", "0", "--trace", method + ".jsonl"]
+            done = self.run_script(method, *flags, script=driver)
+            self.assertEqual((done.returncode, done.stderr), (0, ""), method)
+            self.assertSame([json.loads(line)["loss"] for line in self.content(method + ".jsonl").splitlines()], one)
+
+    def test_the_scalar_engine_has_workers_too(self):
+        flags = ["--steps", "2", "--batch-size", "2", "--d-model", "4", "--engine", "scalar"]
+        self.assertSame(self.losses(*flags, "--workers", "2"), self.losses(*flags))
+
+    def test_more_workers_than_documents_are_refused(self):
+        self.assertRefused(2, "--workers 3 is more than --batch-size 2", "--batch-size", "2", "--workers", "3")
+        self.assertRefused(2, "--workers", "--workers", "0")
+
+    def start(self, *flags):
+        """A long run with two workers, that has begun to train, and its workers."""
+        flags = "--steps", "1000000", "--batch-size", "4", "--workers", "2", "--save", "a.safetensors", *flags
+        process = subprocess.Popen(
+            [sys.executable, SCRIPT, *flags], cwd=self.folder.name, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.stderr.close)
+        self.addCleanup(process.kill)
+        process.stdout.read(3000)
+        workers = children(process.pid)
+        self.assertEqual(len(workers), 2)
+        self.addCleanup(self.kill, workers)
+        return process, workers
+
+    def kill(self, processes):
+        for pid in processes:
+            if not gone(pid):
+                os.kill(pid, signal.SIGKILL)
+
+    def assertGone(self, processes, seconds=5):
+        end = time.monotonic() + seconds
+        while not all(map(gone, processes)):
+            self.assertLess(time.monotonic(), end, "a worker is left over")
+            time.sleep(0.05)
+
+    def assertEnds(self, process, workers, status, pattern):
+        """It ends by itself, with one line, a checkpoint that can be resumed, and nothing left over."""
+        _, errors = process.communicate(timeout=20)
+        self.assertEqual((process.returncode, errors.count(b"\n")), (status, 1), errors)
+        self.assertRegex(errors.decode(), pattern)
+        self.assertGone(workers)
+        at = int(re.search(r"step (\d+) is saved in a.safetensors", errors.decode()).group(1))
+        done = self.run_script("--resume", "a.safetensors", "--steps", str(at + 1), "--workers", "1", "--samples", "1")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertIn(f"step {at + 1:4d}", done.stdout)
+
+    @unittest.skipUnless(SEES_PROCESSES, "needs /proc")
+    def test_a_worker_that_is_killed_ends_the_run(self):
+        for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGHUP, signal.SIGABRT, signal.SIGUSR1):
+            process, workers = self.start()
+            os.kill(workers[number % 2], number)
+            line = rf"^microgpt: error: worker {number % 2 + 1} of 2: it has died \(exit code -{int(number)}\); step"
+            self.assertEnds(process, workers, 1, line)
+
+    @unittest.skipUnless(SEES_PROCESSES, "needs /proc")
+    def test_signals_that_are_for_the_parent_leave_workers_alone(self):
+        process, workers = self.start()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            for pid in workers:
+                os.kill(pid, number)
+        process.stdout.read(3000)
+        process.send_signal(signal.SIGTERM)
+        self.assertEnds(process, workers, 143, "^microgpt: interrupted: step")
+
+    @unittest.skipUnless(SEES_PROCESSES, "needs /proc")
+    def test_a_worker_that_hangs_ends_the_run(self):
+        process, workers = self.start()
+        os.kill(workers[1], signal.SIGSTOP)
+        start = time.monotonic()
+        self.assertEnds(process, workers, 1, "^microgpt: error: worker 2 of 2: no sign of life; step")
+        self.assertLess(time.monotonic() - start, 12)
+
+    @unittest.skipUnless(SEES_PROCESSES, "needs /proc")
+    def test_after_a_rest_of_the_whole_run_it_goes_on(self):
+        process, workers = self.start()
+        everyone = [*workers, process.pid]
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for pid in everyone:
+                os.kill(pid, number)
+            time.sleep(5 * (number == signal.SIGSTOP))
+        process.stdout.read(10_000)
+        self.assertIsNone(process.poll())
+        process.send_signal(signal.SIGINT)
+        self.assertEnds(process, workers, 130, "^microgpt: interrupted: step")
+
+    @unittest.skipUnless(SEES_PROCESSES, "needs /proc")
+    def test_workers_end_with_their_parent(self):
+        for number in (signal.SIGKILL, signal.SIGHUP):
+            process, workers = self.start()
+            process.send_signal(number)
+            process.wait(timeout=5)
+            self.assertGone(workers)
+
+    @unittest.skipUnless(SEES_PROCESSES, "needs /proc")
+    def test_a_resting_worker_ends_with_its_parent_too(self):
+        process, workers = self.start("--gen-every", "1", "--max-tokens", "1000000")  # sampling goes on and on
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=5)
+        self.assertGone(workers)
+
+
 # 14. Optimizers -------------------------------------------------------------------------------------------
 
 
@@ -1791,9 +1987,10 @@ class TestPlot(Files):
         many = [(i, float(i % 37)) for i in range(12345)]
         self.assertLessEqual(len(microgpt.thin(many)), 2000)
         self.assertLessEqual(set(microgpt.thin(many)), set(many))
+        thinned = microgpt.thin(many)
         for start in range(0, 12345, 13):
             part = [y for _, y in many[start : start + 13]]
-            kept = [y for i, y in microgpt.thin(many) if start <= i < start + 13]
+            kept = [y for i, y in thinned if start <= i < start + 13]
             self.assertEqual((min(part), max(part)), (min(kept), max(kept)))
 
     def test_a_giant_spike_leaves_the_rest_readable(self):
@@ -1844,12 +2041,12 @@ class TestPlot(Files):
         style = Picture().root.find(SVG + "style").text
         self.assertIn("prefers-color-scheme: dark", style)
 
-    def test_a_million_steps(self):
-        losses = [(i, 2.0 + (i * 7919 % 1000) / 1000) for i in range(1, 1_000_001)]
-        rates = [(i, 0.01) for i in range(1, 1_000_001)]
+    def test_a_hundred_thousand_steps(self):
+        losses = [(i, 2.0 + (i * 7919 % 1000) / 1000) for i in range(1, 100_001)]
+        rates = [(i, 0.01) for i in range(1, 100_001)]
         start = time.perf_counter()
-        picture = Picture("t", losses, losses[:: 1000], rates)
-        self.assertLess(time.perf_counter() - start, 6)  # 2 on a quiet machine
+        picture = Picture("t", losses, losses[::100], rates)
+        self.assertLess(time.perf_counter() - start, 3)  # 0.2 on a quiet machine
         self.assertLess(len(picture.svg), 200_000)
         self.inside(picture)
         self.assertLess(len(Picture("t", losses, losses, rates).svg), 200_000)
@@ -1905,6 +2102,82 @@ class TestPlot(Files):
         picture = Picture("t", noisy(1000), noisy(1000)[::50], [(i, 1 / 3 / i) for i in range(1, 1001)])
         for e in picture.root.iter(SVG + "polyline"):
             self.assertRegex(e.get("points"), r"^(\d+\.\d,\d+\.\d ?)+$")
+
+
+class TestTrace(Files):
+    def setUp(self):
+        super().setUp()
+        self.file("input.txt", "emma\nolivia\nava\nbo\n")
+        self.path = os.path.join(self.folder.name, "run.jsonl")
+
+    def lines(self):
+        with open(self.path, encoding="utf-8") as file:
+            return list(map(json.loads, file))
+
+    def test_its_numbers_are_those_of_the_run(self):
+        flags = ["--steps", "12", "--batch-size", "3", "--warmup-steps", "4", "--seed", "7", "--samples", "0"]
+        done = self.run_script(*flags, "--trace", self.path)
+        lines = self.lines()
+        self.assertEqual((done.returncode, done.stderr, len(lines)), (0, "", 12))
+        printed = re.findall(r"step +(\d+) / +12 \| loss (\S+)", done.stdout)
+        self.assertEqual(printed, [(str(line["step"]), f"{line['loss']:.4f}") for line in lines])
+        docs = microgpt.read_documents([os.path.join(self.folder.name, "input.txt")])
+        random.Random(7).shuffle(docs)
+        seen = 0
+        for step, line in enumerate(lines):
+            self.assertEqual(line["documents"], [docs[(3 * step + i) % 4] for i in range(3)])
+            self.assertEqual([len(tokens) for tokens in line["tokens"]], [len(doc) + 2 for doc in line["documents"]])
+            seen += sum(len(doc) + 1 for doc in line["documents"])
+            self.assertEqual(line["tokens_so_far"], seen)
+            rate = 0.01 * ((step + 1) / 4 if step < 4 else 1 - (step - 4) / 8)
+            self.assertAlmostEqual(line["learning_rate"], rate, 15)
+
+    def test_the_gradients_are_those_of_the_first_step(self):
+        self.run_script("--steps", "2", "--samples", "0", "--save", "init.safetensors", "--steps", "0")
+        tensors, _ = microgpt.read_safetensors(os.path.join(self.folder.name, "init.safetensors"))
+        self.run_script("--steps", "2", "--samples", "0", "--trace", self.path, "--clip-grad", "0.1")
+        first, second = self.lines()
+        config = Config(len(set("emmaoliviaavabo")) + 1)
+        weights = {name: tensors[name] for name in microgpt.shapes(config)}
+        loss, grads = microgpt.loss_and_grads(Scalar, config, weights, first["tokens"])
+        self.assertAlmostEqual(first["loss"], loss, 12)
+        self.assertEqual(list(first["gradient_squares"]), list(grads))
+        for name, rows in grads.items():
+            self.assertAlmostEqual(first["gradient_squares"][name], sum(g * g for g in flat(rows)), 12)
+        self.assertAlmostEqual(first["gradient_norm"] ** 2, sum(g * g for g in flat(grads)), 12)
+        self.assertNotIn("gradient_squares", second)
+
+    def test_a_resumed_run_goes_on_with_the_file(self):
+        flags = ["--samples", "0", "--schedule", "constant", "--trace"]
+        self.run_script("--steps", "9", *flags, "whole.jsonl")
+        self.run_script("--steps", "4", *flags, self.path, "--save", "a.safetensors")
+        self.run_script("--resume", "a.safetensors", "--steps", "9", *flags, self.path)
+        with open(os.path.join(self.folder.name, "whole.jsonl"), encoding="utf-8") as file:
+            self.assertEqual(self.lines(), list(map(json.loads, file)))
+
+    def test_each_line_is_there_when_its_step_is_done(self):
+        class Training:
+            def __iter__(_):
+                for step in range(3):
+                    yield step, 1.0 + step, {"w": [[3.0, 4.0]]}, [[0, 1]]
+                    self.assertEqual([line["loss"] for line in self.lines()], [1.0, 2.0, 3.0][: step + 1])
+
+        state = microgpt.State(None, CharTokenizer(["a"]), {}, {}, {}, None)
+        self.assertEqual(len(list(microgpt.traced(Training(), self.path, state, lambda step: 0.1))), 3)
+        self.assertEqual(self.lines()[0]["gradient_norm"], 5.0)
+
+    @unittest.skipIf(os.name == "nt", "needs resource limits")
+    def test_a_full_disk_ends_the_run_and_keeps_its_checkpoint(self):
+        code = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        code += "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))\n"
+        code += f"sys.path.insert(0, {HERE!r}); import microgpt; sys.exit(microgpt.main())"
+        flags = "--trace", self.path, "--save", "a.safetensors", "--steps", "1000000", "--batch-size", "99"
+        done = self.run_script(*flags, script=self.file("driver.py", code))
+        self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+        self.assertRegex(done.stderr, r"^microgpt: error: cannot write .*run.jsonl: File too large; step \d+ is saved in a")
+        at = re.search(r"step (\d+) is saved", done.stderr).group(1)
+        done = self.run_script("--resume", "a.safetensors", "--steps", at, "--samples", "1")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
 
 
 # 17. The command line -------------------------------------------------------------------------------------
@@ -2202,6 +2475,80 @@ class TestCommandLine(Files):
         self.assertEqual(sorted(os.listdir(self.folder.name)), ["input.txt", "served.txt"])
         with open(os.path.join(self.folder.name, "input.txt"), encoding="utf-8") as file:
             self.assertEqual(file.read(), names)
+
+
+class TestAutotune(Files):
+    FLAGS = ["--autotune", "--steps", "1", "--samples", "1", "--batch-sizes", "1,2", "--worker-counts", "1,2"]
+
+    def setUp(self):
+        super().setUp()
+        self.file("it's input.txt", "emma\nolivia\nava\n")
+        self.flags = ["--corpus", "it's input.txt", "--prompt", 'a"', *self.FLAGS]
+        self.file("it's input.txt", 'emma\nolivia\nava"\n')
+
+    def tune(self, *flags, limit=2.0):
+        """What a short --autotune prints: the rows of its table, and the last line."""
+        code = f"import sys; sys.path.insert(0, {HERE!r}); import microgpt; sys.argv[0] = {SCRIPT!r}\n"
+        code += f"microgpt.autotune.__defaults__ = ({limit},)\nif __name__ == '__main__': sys.exit(microgpt.main())"
+        start = time.monotonic()
+        done = self.run_script(*self.flags, *flags, script=self.file("driver.py", code))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertLess(time.monotonic() - start, limit + 3)
+        *_, table = done.stdout.partition("tokens/s\n")
+        *rows, command = table.splitlines()
+        return {tuple(row.split()[:3]): float(row.split()[3]) for row in rows}, command
+
+    def engines(self):
+        return ["tensor"] if NO_VULKAN else ["tensor", "vulkan"]
+
+    def test_it_tries_every_choice_and_ends_with_the_fastest_as_a_command(self):
+        speeds, command = self.tune()
+        choices = [(engine, *rest) for engine in self.engines() for rest in (("1", "1"), ("2", "1"), ("2", "2"))]
+        self.assertEqual(list(speeds), choices)
+        engine, batch_size, workers = max(speeds, key=speeds.get)
+        self.assertEqual("--engine=vulkan" in command, engine == "vulkan")
+        self.assertEqual("--batch-size=2" in command, batch_size == "2")
+        self.assertEqual("--workers=2" in command, workers == "2")
+        self.assertNotIn("autotune", command)
+
+    @unittest.skipIf(os.name == "nt", "needs a POSIX shell")
+    def test_the_last_line_runs_as_pasted(self):
+        _, command = self.tune("--worker-counts", "1", limit=0.5)
+        done = subprocess.run(command, shell=True, cwd=self.folder.name, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.assertEqual((done.returncode, done.stderr), (0, b""))
+        self.assertRegex(done.stdout, rb'step    1 /    1 .*\n.*\nsample  1: a"')
+
+    def test_it_measures_tokens_a_second_and_changes_no_weight(self):
+        args, _ = microgpt.parse_args(["--batch-size", "3"])
+        config, weights = model()
+        state = microgpt.State(config, None, weights, microgpt.zeros(weights), microgpt.zeros(weights), None)
+        before, slept = json.dumps(weights), 0.02
+
+        def batches(size):
+            return lambda step: time.sleep(slept) or [[1, 2, 3, 4]] * size
+
+        speed = microgpt.training_speed(args, state, batches, ("tensor", 4, 1), 0.3)
+        self.assertEqual(json.dumps(weights), before)
+        self.assertTrue(12 / slept / 3 < speed < 12 / slept, speed)
+
+    @unittest.skipIf(os.name == "nt", "needs POSIX signals")
+    def test_when_interrupted_it_prints_what_it_knows(self):
+        command = [sys.executable, SCRIPT, *self.flags, "--batch-sizes", "1,2,3,4,5,6,7,8,9"]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, cwd=self.folder.name, stdout=pipe, stderr=pipe) as process:
+            time.sleep(4)
+            process.send_signal(signal.SIGINT)
+            out, errors = process.communicate(timeout=10)
+        self.assertEqual(process.returncode, 130)
+        self.assertRegex(errors, rb"microgpt: interrupted: nothing was saved\n$")
+        rows = out.decode().partition("tokens/s\n")[2].splitlines()
+        self.assertTrue(2 <= len(rows) < 18, rows)
+        self.assertRegex(rows[-1], "microgpt.py.* --steps=1")
+
+    def test_wrong_choices_are_one_line(self):
+        for wrong in ("0", "a", "1,,2", "", "1.5", "-1", "1 2"):
+            self.assertRefused(2, "--batch-sizes", "--autotune", f"--batch-sizes={wrong}")
+        self.assertRefused(2, "nothing to try", *self.flags, "--batch-sizes=1,2", "--worker-counts=4")
 
 
 # The benchmark --------------------------------------------------------------------------------------------
