@@ -1141,13 +1141,14 @@ class TestWorkers(Files):
 
     @unittest.skipUnless(SEES_PROCESSES, "needs /proc")
     def test_after_a_rest_of_the_whole_run_it_goes_on(self):
-        process, workers = self.start()
-        everyone = [*workers, process.pid]
-        for number in (signal.SIGSTOP, signal.SIGCONT):
-            for pid in everyone:
-                os.kill(pid, number)
-            time.sleep(5 * (number == signal.SIGSTOP))
-        process.stdout.read(10_000)
+        process, workers = self.start("--batch-size", "64")  # so that it is waiting most of the time
+        for pid in [*workers, process.pid]:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(4.5)
+        for pid in [process.pid, *workers]:
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.1)
+        process.stdout.read(2_000)
         self.assertIsNone(process.poll())
         process.send_signal(signal.SIGINT)
         self.assertEnds(process, workers, 130, "^microgpt: interrupted: step")
@@ -1159,6 +1160,38 @@ class TestWorkers(Files):
             process.send_signal(number)
             process.wait(timeout=5)
             self.assertGone(workers)
+
+    @unittest.skipUnless(SEES_PROCESSES, "needs /proc")
+    def test_a_busy_worker_ends_with_its_parent_too(self):
+        command = [sys.executable, SCRIPT, "--batch-size", "100000", "--workers", "2"]  # a step takes half a minute
+        process = subprocess.Popen(command, cwd=self.folder.name, stdout=subprocess.DEVNULL)
+        self.addCleanup(process.kill)
+        while len(children(process.pid)) < 2:
+            time.sleep(0.05)
+        time.sleep(1)
+        workers = children(process.pid)
+        self.addCleanup(self.kill, workers)
+        process.kill()
+        process.wait(timeout=5)
+        self.assertGone(workers)
+
+    @unittest.skipUnless(hasattr(os, "fork"), "needs a worker that is a copy of this process")
+    def test_a_long_step_is_no_sign_of_death(self):
+        import multiprocessing
+
+        config, weights = model()
+
+        def slow(*args):
+            time.sleep(4.5)
+            return 2.0, weights
+
+        context = partial(multiprocessing.get_context, "fork")
+        with unittest.mock.patch("multiprocessing.get_context", lambda method: context()):
+            with unittest.mock.patch("microgpt.loss_and_grads", slow):
+                workers = microgpt.Workers(2, "tensor", config)
+        loss, grads = workers(weights, [[1, 2], [3, 4]])
+        workers.stop()
+        self.assertEqual((loss, grads), (2.0, weights))
 
     @unittest.skipUnless(SEES_PROCESSES, "needs /proc")
     def test_a_resting_worker_ends_with_its_parent_too(self):
