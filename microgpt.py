@@ -39,6 +39,7 @@ from heapq import heapify, heappop, heappush
 from html import escape
 from itertools import accumulate, chain, count, islice, product, repeat, takewhile
 from operator import add as plus, mul
+from queue import Empty, SimpleQueue
 from textwrap import wrap
 
 class UserError(ValueError):
@@ -947,6 +948,9 @@ class Workers:
             theirs.close()
         for number, handler in before.items():
             signal.signal(number, handler)
+        self.inboxes = [SimpleQueue() for _ in range(n)]
+        for i in range(n):
+            threading.Thread(target=self.listen, args=(i,), daemon=True).start()
 
     def stop(self):
         """End all workers, whatever they are at."""
@@ -968,16 +972,24 @@ class Workers:
         grads = [array("d", part) for part in grads]
         return sum(losses), unpack(self.config, map(sum, zip(*grads)))
 
-    def receive(self, i):
-        """The part of worker i in the loss and in the gradients."""
-        message = None
+    def listen(self, i):
+        """Put what worker i sends in its inbox. In a thread, as it may hang in the middle of a message."""
         try:
-            while message is None:  # a sign of life. Not poll(4): this process, too, may have been stopped meanwhile
-                alive = any(self.pipes[i].poll(1) for _ in range(4))
-                message = self.pipes[i].recv() if alive else "no sign of life"
+            while True:
+                self.inboxes[i].put(self.pipes[i].recv())
         except (EOFError, OSError):
             self.processes[i].join(1)
-            message = f"it has died (exit code {self.processes[i].exitcode})"
+            self.inboxes[i].put(f"it has died (exit code {self.processes[i].exitcode})")
+
+    def receive(self, i):
+        """The part of worker i in the loss and in the gradients."""
+        message, silence = None, 0
+        while message is None:  # a sign of life
+            try:
+                message, silence = self.inboxes[i].get(timeout=1), 0
+            except Empty:  # four times, and not once for 4 s: this process, too, may have been stopped meanwhile
+                silence += 1
+                message = "no sign of life" if silence == 4 else None
         if isinstance(message, str):
             raise Halt(f"worker {i + 1} of {len(self.pipes)}: {message}")
         return message
