@@ -1080,12 +1080,15 @@ class TestWorkers(Files):
         """A long run with two workers, that has begun to train, and its workers."""
         flags = "--steps", "1000000", "--batch-size", "4", "--workers", "2", "--save", "a.safetensors", *flags
         process = subprocess.Popen(
-            [sys.executable, SCRIPT, *flags], cwd=self.folder.name, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [sys.executable, "-u", SCRIPT, *flags],
+            cwd=self.folder.name,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         self.addCleanup(process.stdout.close)
         self.addCleanup(process.stderr.close)
         self.addCleanup(process.kill)
-        process.stdout.read(3000)
+        process.stdout.read(200)
         workers = children(process.pid)
         self.assertEqual(len(workers), 2)
         self.addCleanup(self.kill, workers)
@@ -1143,7 +1146,7 @@ class TestWorkers(Files):
         for pid in [resting.pid, *others]:
             os.kill(pid, signal.SIGCONT)
             time.sleep(0.1)
-        resting.stdout.read(2_000)
+        resting.stdout.read(1_000)
         self.assertIsNone(resting.poll())
         resting.send_signal(signal.SIGINT)
         resting.communicate(timeout=5)
@@ -2199,7 +2202,7 @@ class TestTrace(Files):
     @unittest.skipIf(os.name == "nt", "needs resource limits")
     def test_a_full_disk_ends_the_run_and_keeps_its_checkpoint(self):
         code = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        code += "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))\n"
+        code += "resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000))\n"
         code += f"sys.path.insert(0, {HERE!r}); import microgpt; sys.exit(microgpt.main())"
         flags = "--trace", self.path, "--save", "a.safetensors", "--steps", "1000000", "--batch-size", "99"
         done = self.run_script(*flags, script=self.file("driver.py", code))
