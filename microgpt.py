@@ -235,11 +235,11 @@ class Scalar:
         return [[a * g + b for a, g, b in zip(row, gain[0], bias[0])] for row in rows]
 
     def relu(x):
-        """max(0, a). Without a bend like this many linear layers would be no more than one."""
+        """max(0, a), the activation. Without a bend like this many linear layers would be no more than one."""
         return [[a.relu() for a in row] for row in x]
 
     def gelu(x):
-        """GPT-2's bend, a relu with a soft knee, by its tanh formula. (Hendrycks, Gimpel 2016)"""
+        """GPT-2's activation, a relu with a soft knee, by its tanh formula. (Hendrycks, Gimpel 2016)"""
         c = math.sqrt(2 / math.pi)
         return [[a * ((c * (a + 0.044715 * a * a * a)).tanh() + 1) / 2 for a in row] for row in x]
 
@@ -257,16 +257,15 @@ class Scalar:
         ones after, so no position sees the future. Each head does this on a slice of the channels of its own.
         `lengths` says how many rows each document has, and its cache keeps all of its keys and values. (Vaswani et
         al. 2017)"""
-        size = len(q[0]) // n_head
-        rows, out = zip(q, k, v), []
+        size, out = len(q[0]) // n_head, []
         for length, (keys, values) in zip(lengths, caches):
-            for query, key, value in islice(rows, length):
-                keys.append(key)
-                values.append(value)
+            for t in range(len(out), len(out) + length):
+                keys.append(k[t])
+                values.append(v[t])
                 out.append([])
-                for start in range(0, len(query), size):
+                for start in range(0, len(q[t]), size):
                     head = slice(start, start + size)
-                    scores = [sum(map(mul, query[head], key[head])) / size**0.5 for key in keys]
+                    scores = [sum(map(mul, q[t][head], key[head])) / size**0.5 for key in keys]
                     shares = Scalar.softmax(scores)
                     channels = zip(*[value[head] for value in values])
                     out[-1] += [sum(map(mul, shares, channel)) for channel in channels]
@@ -287,8 +286,8 @@ class Scalar:
 # A token and its position have an embedding each, and the sum of both is a row of n_embd channels. Each layer
 # changes it twice, each time by adding to it. (This is the residual connection: x + f(x) has a slope of 1 from x,
 # so gradients reach the first layer undiminished.) Attention adds what it found in other positions, the MLP
-# (multilayer perceptron), two linear layers with a bend between them, works on each position alone. lm_head, the
-# last linear layer, turns each row into logits: a score for each token that may come next.
+# (multilayer perceptron), two linear layers with an activation between them, works on each position alone.
+# lm_head, the last linear layer, turns each row into logits: a score for each token that may come next.
 
 @dataclass(frozen=True)
 class Config:
@@ -310,9 +309,9 @@ class Config:
             raise UserError(f"arch must be microgpt or gpt2, not {self.arch}")
 
 def shapes(config):
-    """Name -> (rows, columns) of each weight matrix, in the order in which they are drawn: the embeddings of tokens
-    and positions, lm_head, then of each layer query, key, value, output and the two layers of the MLP. The arch
-    gpt2 has a bias for each linear layer, and a gain and a bias for each norm, as rows."""
+    """Name -> (rows, columns) of each weight matrix, in the order in which they are drawn: the embeddings of
+    tokens and positions, lm_head, then of each layer query, key, value, output and the two layers of the MLP. The
+    arch gpt2 has a bias for each linear layer, and a gain and a bias for each norm, as rows."""
     d, layers = config.n_embd, [f"layer{i}." for i in range(config.n_layer)]
     out = {"wte": (config.vocab_size, d), "wpe": (config.block_size, d), "lm_head": (config.vocab_size, d)}
     for layer in layers:
@@ -351,14 +350,14 @@ def gpt(engine, config, w, docs, caches):
     positions = [start + i for start, length in zip(starts, lengths) for i in range(length)]
     x = engine.add(engine.embed(w["wte"], chain(*docs)), engine.embed(w["wpe"], positions))
     x = engine.rmsnorm(x) if config.arch == "microgpt" else x  # the reference norms here, GPT-2 at the end
-    bend = engine.relu if config.arch == "microgpt" else engine.gelu
+    activation = engine.relu if config.arch == "microgpt" else engine.gelu
     for i in range(config.n_layer):
         layer = f"layer{i}."
         h = norm(x, layer + "ln1")
         q, k, v = [linear(h, layer + name) for name in ("attn_wq", "attn_wk", "attn_wv")]
         h = engine.attention(q, k, v, lengths, [cache[i] for cache in caches], config.n_head)
         x = engine.add(x, linear(h, layer + "attn_wo"))
-        h = bend(linear(norm(x, layer + "ln2"), layer + "mlp_fc1"))
+        h = activation(linear(norm(x, layer + "ln2"), layer + "mlp_fc1"))
         x = engine.add(x, linear(h, layer + "mlp_fc2"))
     return linear(norm(x, "ln_f") if config.arch == "gpt2" else x, "lm_head")
 
@@ -394,9 +393,9 @@ def adam(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8, **_):
 
 # 7. Training ----------------------------------------------------------------------------------------------
 #
-# Each step takes a few documents and has the model guess every next token in them. The tape, read from the end,
-# gives each weight its gradient, and Adam moves it. That is all of learning, a thousand times over. The learning
-# rate falls in a straight line to 0: bold steps at first, careful ones at last.
+# Each step takes a few documents, its batch, and has the model guess every next token in them. The tape, read
+# from the end, gives each weight its gradient, and Adam moves it. That is all of learning, a thousand times over.
+# The learning rate falls in a straight line to 0: bold steps at first, careful ones at last.
 
 def document_batches(docs, encode, bos, block_size, batch_size):
     """A function from a step to its batch: documents step * batch_size and on, wrapping around at the end, each
@@ -520,14 +519,14 @@ def transpose(rows):
     return list(zip(*rows))
 
 class SparseRow(list):
-    """A row that is 0 but at the places in index."""
+    """A row that is 0 but at some places."""
 
-    __slots__ = ("index",)
+    __slots__ = ("places",)
 
-    def __init__(self, width, index, values):
+    def __init__(self, width, places, values):
         super().__init__([0.0] * width)
-        self.index = index
-        for i, value in zip(index, values):
+        self.places = places
+        for i, value in zip(places, values):
             self[i] = value
 
 def is_sparse(rows):
@@ -536,7 +535,7 @@ def is_sparse(rows):
 
 def matmul(a, b, transpose_a=False, transpose_b=False, where=None):
     """The product of two matrices or of their transposes: each row of A times each column of B. Zeros in sparse
-    rows are skipped. If `where` has sparse rows, only the places in their index are computed."""
+    rows are skipped. If `where` has sparse rows, only their places are computed."""
     if transpose_a and is_sparse(a):
         return spread(a, b)
     if transpose_a and is_sparse(b):
@@ -544,13 +543,13 @@ def matmul(a, b, transpose_a=False, transpose_b=False, where=None):
     a = transpose(a) if transpose_a else a
     if is_sparse(a):
         b = transpose(b) if transpose_b else b
-        return [weighted_sum([row[i] for i in row.index], [b[i] for i in row.index], len(b[0])) for row in a]
+        return [weighted_sum([row[i] for i in row.places], [b[i] for i in row.places], len(b[0])) for row in a]
     b = b if transpose_b else transpose(b)
     product = dots(len(a[0]))
     if not where or not is_sparse(where):
         return product(a, b)
-    pairs = [(row, mask.index) for row, mask in zip(a, where)]
-    return [SparseRow(len(b), index, product([row], [b[i] for i in index])[0]) for row, index in pairs]
+    pairs = [(row, mask.places) for row, mask in zip(a, where)]
+    return [SparseRow(len(b), places, product([row], [b[i] for i in places])[0]) for row, places in pairs]
 
 def weighted_sum(weights, rows, width):
     """The sum of rows of this width, each times its weight."""
@@ -560,7 +559,7 @@ def spread(a, b):
     """A^T B for sparse rows in A: row i of the product is the sum of the rows of B, each times its a[i]."""
     weights, rows = [[] for _ in a[0]], [[] for _ in a[0]]
     for sparse, row in zip(a, b):
-        for i in sparse.index:
+        for i in sparse.places:
             weights[i].append(sparse[i])
             rows[i].append(row)
     return list(map(weighted_sum, weights, rows, repeat(len(b[0]))))
@@ -677,10 +676,10 @@ class Tensor:
 
     # The slope of max(0, x) is 1 where it is positive and 0 elsewhere.
     def relu(x):
-        index = [[i for i, a in enumerate(row) if a > 0] for row in x.data]
+        places = [[i for i, a in enumerate(row) if a > 0] for row in x.data]
 
         def keep(rows):
-            return [SparseRow(len(row), at, [row[i] for i in at]) for row, at in zip(rows, index)]
+            return [SparseRow(len(row), at, [row[i] for i in at]) for row, at in zip(rows, places)]
 
         return Tensor(keep(x.data), lambda g: x.receive(keep(g)))
 
@@ -698,11 +697,11 @@ class Tensor:
         return Tensor([[a * (1 + t) / 2 for a, t in zip(*rows)] for rows in zip(x.data, ts)], rule)
 
     # For each document and head y = P V, where P is the softmax of S = Q K^T / sqrt(size). As in linear
-    # dV = P^T g, dP = g V^T, and but for sqrt(size) dQ = dS K and dK = dS^T Q. Raising s[i] raises p[i] by p[i], and
-    # making the sum 1 again lowers every p[j] by p[j] p[i], so ds[i] = p[i] (dp[i] - the sum of all p[j] dp[j]).
+    # dV = P^T g, dP = g V^T, and but for sqrt(size) dQ = dS K and dK = dS^T Q. Raising s[i] raises p[i] by p[i],
+    # and making the sum 1 again lowers every p[j] by p[j] p[i], so ds[i] = p[i] (dp[i] - the sum of all p[j] dp[j]).
     # What a cache held before is a constant. A long document goes block by block, each block of rows with its own
-    # past alone: that leaves out most of the future, which is half of the work. So the gradient of a key or a value
-    # is the sum of what its own block and all later ones pass on.
+    # past alone: that leaves out most of the future, which is half of the work. So the gradient of a key or a
+    # value is the sum of what its own block and all later ones pass on.
     def attention(q, k, v, lengths, caches, n_head):
         size, block = len(q.data[0]) // n_head, 32
         heads = [slice(h * size, (h + 1) * size) for h in range(n_head)]
@@ -1001,17 +1000,17 @@ class Workers:
 
 # 13. GPT-2 as published -----------------------------------------------------------------------------------
 #
-# Part one has the reference's lean layers. GPT-2's (Radford et al. 2019; `--arch gpt2`) differ in four things: layernorm
-# for rmsnorm, gelu for relu, a bias in every linear layer, and a last norm before lm_head in place of the first one.
-# They stand beside their siblings: the operations in sections 4 and 9, the rest in section 5.
+# Part one has the reference's lean layers. GPT-2's (Radford et al. 2019; `--arch gpt2`) differ in four things:
+# layernorm for rmsnorm, gelu for relu, a bias in every linear layer, and a last norm before lm_head in place of
+# the first one. They stand beside their siblings: the operations in sections 4 and 9, the rest in section 5.
 
 
 # 14. Optimizers in historical order -----------------------------------------------------------------------
 #
 # Each adds one idea to the one before. Gradient descent takes a step down the slope. Momentum goes on in the
 # direction in which it has been going. RMSprop divides by the size that gradients have had lately, weight by
-# weight. Adam (section 6) does both. AdamW also pulls each weight towards 0, apart from the gradient. They all have
-# the same parameters and take what they need of them.
+# weight. Adam (section 6) does both. AdamW also pulls each weight towards 0, apart from the gradient. They all
+# have the same parameters and take what they need of them.
 
 def sgd(weights, grads, m, v, step, lr, **_):
     """Stochastic gradient descent (Robbins, Monro 1951)."""
@@ -1067,10 +1066,11 @@ def learning_rate(step, steps, lr, warmup, decay):
 
 # 15. Checkpoints ------------------------------------------------------------------------------------------
 #
-# What a run has learned is kept in one file, in the .safetensors format: the length of a header, the header (JSON,
-# which says of each matrix its type, its shape and where it lies), then the plain numbers. Other tools can open it,
-# PyTorch among them, and unlike a pickle it cannot run code. It is written beside its place and renamed when it is
-# whole and on the disk: at any instant there is the old file or the new one. The reader trusts nothing.
+# What a run has learned is kept in one file, in the .safetensors format: the length of a header, the header
+# (JSON, which says of each matrix its type, its shape and where it lies), then the plain numbers. Other tools can
+# open it, PyTorch among them, and unlike a pickle it cannot run code. It is written beside its place and renamed
+# when it is whole and on the disk: at any instant there is the old file or the new one. The reader trusts
+# nothing.
 
 HEADER_LIMIT = 4_000_000  # bytes
 
@@ -1207,10 +1207,10 @@ def load_state(path, parse):
 
 # 16. Looking inside ---------------------------------------------------------------------------------------
 #
-# What does a model make of a text? For each position --explain shows what it expected and what came: -log p of that
-# is the loss there, in nats, or with log2 in bits. Then it shows for each head where it looked: a row of the map is
-# a position, and the shades in it are the shares that it took of the values up to its own. --trace writes the
-# numbers of every step for other programs, to hold a port against; --plot draws the loss as a picture.
+# What does a model make of a text? For each position --explain shows what it expected and what came: -log p of
+# that is the loss there, in nats, or with log2 in bits. Then it shows for each head where it looked: a row of the
+# map is a position, and the shades in it are the shares that it took of the values up to its own. --trace writes
+# the numbers of every step for other programs, to hold a port against; --plot draws the loss as a picture.
 
 def look(config, weights, ids):
     """The logits at each of some positions, and the attention: for each layer and head the shares of each position
@@ -1285,7 +1285,7 @@ def round_ticks(low, high, number, least=0):
     return [i * gap for i in range(math.ceil(low / gap), math.floor(high / gap) + 1)]
 
 def smooth(points, high):
-    """The mean of a thirtieth of the curve about each point, less at its ends. What is over high counts as high."""
+    """The mean of a thirtieth of a curve about each point, less at its ends. What is over high counts as high."""
     size, sums = len(points) // 60, [0, *accumulate(min(y, high) for _, y in points)]
     spans = ((max(0, i - size), min(len(points), i + size + 1)) for i in range(len(points)))
     return [(step, (sums[end] - sums[start]) / (end - start)) for (step, _), (start, end) in zip(points, spans)]
@@ -1342,7 +1342,7 @@ def traced(training, path, state, rate_at):
         with open(path, "a" if state.step else "w", encoding="utf-8") as file:
             for step, loss, grads, batch in training:
                 squares = {name: sum(sumprod(row, row) for row in rows) for name, rows in grads.items()}
-                line = {
+                facts = {
                     "step": step + 1,
                     "documents": list(map(state.tokenizer.decode, batch)),
                     "tokens": batch,
@@ -1351,7 +1351,9 @@ def traced(training, path, state, rate_at):
                     "gradient_norm": math.sqrt(sum(squares.values())),
                     "tokens_so_far": state.seen + predictions(batch),
                 }
-                print(json.dumps({**line, "gradient_squares": squares} if step == 0 else line), file=file, flush=True)
+                if step == 0:
+                    facts["gradient_squares"] = squares
+                print(json.dumps(facts), file=file, flush=True)
                 yield step, loss, grads, batch
     except OSError as error:
         raise Halt(f"cannot write {path}: {error.strerror}") from None
@@ -1371,10 +1373,10 @@ def find_corpus(patterns):
         beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "input.txt")
         return [next(filter(os.path.exists, ("input.txt", beside)), None) or download(NAMES, "input.txt")]
     try:
-        matches = [[each] if os.path.exists(each) else glob.glob(each, recursive=True) or [each] for each in patterns]
+        found = [[p] if os.path.exists(p) else glob.glob(p, recursive=True) or [p] for p in patterns]
     except Exception as error:  # of a pattern that is none, by the version of Python
         raise UserError(f"--corpus: {error}") from None
-    return sorted({os.path.normpath(path) for found in matches for path in found})
+    return sorted(set(map(os.path.normpath, chain(*found))))
 
 def download(url, path):
     """Fetch a file, whole or not at all. Returns its path."""
@@ -1464,7 +1466,6 @@ def make_parser():
     flag("--div-warn PCT", real, None, "warn if the validation loss is so many % above training (20)")
     flag("--div-crit PCT", real, None, "stop if it is so many % above training")
     flag("--gen-every N", size, None, "show a sample every N steps")
-
     flag("--plot FILE.svg", str, None, "draw the loss")
     flag("--trace FILE.jsonl", str, None, "write a line of numbers a step")
     flag("--explain TEXT", str, None, "show what the model makes of this text")
@@ -1598,7 +1599,8 @@ def mean_loss(engine, config, weights, batch):
     """The mean loss over all tokens that a batch predicts, a document at a time and without recording."""
     with no_grad():
         w = engine.wrap(weights)
-        return sum(batch_loss(engine, config, w, [ids]).data * (len(ids) - 1) for ids in batch) / predictions(batch)
+        total = sum(batch_loss(engine, config, w, [ids]).data * (len(ids) - 1) for ids in batch)
+    return total / predictions(batch)
 
 def judge(args, step, loss, held_out):
     """Print the losses of training and validation; warn or stop if they part."""
@@ -1653,7 +1655,8 @@ def autotune(args, state, batches, limit=45):
                     return  # out of time
                 if sys.stderr.isatty():
                     print("timing {}, batch size {}, workers {}\x1b[K".format(*choice), end="\r", file=sys.stderr)
-                speeds[choice] = max(training_speed(args, state, batches, choice, seconds), speeds.get(choice, 0.0))
+                speed = training_speed(args, state, batches, choice, seconds)
+                speeds[choice] = max(speed, speeds.get(choice, 0.0))
             choices, seconds = [each for each in choices if speeds[each] > 0.85 * max(speeds.values())], limit / 20
     finally:
         if speeds:

@@ -760,7 +760,7 @@ npPn/+IJ3hbX/wF3BcSA
 # ---- Which products gain ---------------------------------------------------------------------------------
 # A product costs plain Python so long for each multiplication. Here it costs a trip, however small it is, and so
 # long for each number that travels. All three are measured once; then each product, or batch of products, goes
-# where it is cheaper. Rows may be sparse: one with an attribute `index` is 0 everywhere else, and plain Python
+# where it is cheaper. Rows may be sparse: one with an attribute `places` is 0 everywhere else, and plain Python
 # skips its zeros.
 
 def offload(gpu, plain_matmul, plain_matmuls):
@@ -776,9 +776,9 @@ def offload(gpu, plain_matmul, plain_matmuls):
 
     def filled(rows):
         """The share of numbers that are not known to be 0."""
-        if not hasattr(rows[0], "index") or callable(rows[0].index):
+        if not hasattr(rows[0], "places"):
             return 1.0
-        return sum(len(row.index) for row in rows) / (len(rows) * len(rows[0]))
+        return sum(len(row.places) for row in rows) / (len(rows) * len(rows[0]))
 
     def gain(a, b, transpose_a, transpose_b):
         """Seconds that a product costs less on the GPU, the trip not counted."""
