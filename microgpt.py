@@ -1536,8 +1536,9 @@ def check(args):
     if (args.div_warn, args.div_crit) != (None, None):
         args.val_fraction = args.val_fraction or 0.1
     for name, end in (("plot", ".svg"), ("trace", ".jsonl")):
-        if not (getattr(args, name) or end).endswith(end):
-            raise UsageError(f"--{name} writes a file that ends in {end}, not {getattr(args, name)}")
+        path = getattr(args, name) or end
+        if not path.endswith(end) or path in [args.save, *(args.corpus or ())]:
+            raise UsageError(f"--{name} writes a file of its own that ends in {end}, not {path}")
     if args.save is not None and os.path.exists(args.save) and args.save != args.resume:
         read_safetensors(args.save)  # nothing but a checkpoint is replaced
     for path in filter(None, (args.save, args.plot, args.trace)):
@@ -1769,7 +1770,8 @@ class Run:
         for step, loss, _, batch in training:
             state.step = step = step + 1
             state.seen += predictions(batch)
-            self.losses.append((step, loss))
+            if args.plot:
+                self.losses.append((step, loss))
             print(f"step {step:4d} / {args.steps:4d} | loss {loss:.4f}", end="\r")
             if not math.isfinite(loss):
                 raise UserError(f"the loss of step {step} is {loss}: try a lower --lr")

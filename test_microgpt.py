@@ -2130,6 +2130,9 @@ class TestPlot(Files):
         for name in ("--plot", "--trace"):
             self.assertRefused(2, "ends in", "--corpus", path, name, path)
         self.assertRefused(1, "cannot save", "--corpus", path, "--plot", "nowhere/a.svg")
+        path = self.file("names.jsonl", "emma\n")
+        self.assertRefused(2, "of its own", "--corpus", path, "--trace", path)
+        self.assertRefused(2, "of its own", "--corpus", path, "--plot", "a.svg", "--save", "a.svg")
 
     def test_numbers_are_short(self):
         picture = Picture("t", noisy(1000), noisy(1000)[::50], [(i, 1 / 3 / i) for i in range(1, 1001)])
