@@ -1259,7 +1259,7 @@ def explain(config, weights, tokenizer, ids, blocks=True):
             some = heads[first : first + abreast]
             span = f"layer {layer}, heads {first} to {first + len(some) - 1}"
             yield f"\n{span}: where each row looks, from {shades[0]} under 1/8 to {shades[-1]} over 7/8"
-            yield " " * 7 + " ".join("".join(each[0].ljust(wide) for each in names) for _ in some)
+            yield (" " * 7 + " ".join("".join(each[0].ljust(wide) for each in names) for _ in some)).rstrip()
             for t, row in enumerate(zip(*some)):
                 cells = ["".join(shades[round(p * 4)] * wide for p in shares) for shares in row]
                 yield f"{names[t]:6.6} " + " ".join(cell.ljust(wide * len(names)) for cell in cells).rstrip()

@@ -4,6 +4,7 @@
 
     python test_microgpt.py              run all tests
     python test_microgpt.py benchmark    print what things cost on this machine
+    python test_microgpt.py readme       run everything that the README shows, as it stands there
 
 Gradients are held against finite differences, each Tensor operation against its spelling in Values, the
 command line is run as a process. Two things from outside the repository are used if they lie in ../shared: the
@@ -18,6 +19,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -31,6 +33,7 @@ import xml.etree.ElementTree as ElementTree
 from array import array
 from collections import Counter
 from functools import partial
+from itertools import chain
 from operator import mul
 
 import microgpt
@@ -2587,6 +2590,154 @@ class TestAutotune(Files):
         self.assertRefused(2, "nothing to try", *self.flags, "--batch-sizes=1,2", "--worker-counts=4")
 
 
+# README ---------------------------------------------------------------------------------------------------
+
+
+def readme_commands():
+    """Each command of the README as a list of words, and the lines that it shows below it."""
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```$", file.read().replace("\\\n", ""), re.M | re.S)
+    for _, block in blocks:
+        for part in re.split(r"^(?=(?:\$ )?python )", block, flags=re.M):
+            command, _, shown = part.partition("\n")
+            if command.startswith(("$ python microgpt.py", "python microgpt.py")):
+                yield shlex.split(command.lstrip("$ "), comments=True)[2:], shown.splitlines()
+
+
+EXERCISES = {  # number -> edits of the source, flags
+    1: ([], ["--heads 1", "--heads 1 --steps 4000 --eval-every 4000", "--steps 4000 --eval-every 4000"]),
+    2: (
+        [
+            ('x = engine.add(x, linear(h, layer + "attn_wo"))', 'x = linear(h, layer + "attn_wo")'),
+            ('x = engine.add(x, linear(h, layer + "mlp_fc2"))', 'x = linear(h, layer + "mlp_fc2")'),
+        ],
+        ["", "--layers 4"],
+    ),
+    3: (
+        [
+            (
+                'x = engine.add(engine.embed(w["wte"], chain(*docs)), engine.embed(w["wpe"], positions))',
+                'x = engine.embed(w["wte"], chain(*docs))',
+            )
+        ],
+        ["", "--steps 4000 --eval-every 4000"],
+    ),
+    4: ([], ["--temperature 0.1", "--temperature 2"]),
+    5: ([], ["--optimizer sgd", "--optimizer sgd --lr 0.3", "--optimizer sgd --lr 1"]),
+    6: ([], ["--corpus microgpt.py --stream --context 64 --batch-size 4"]),
+    7: ([], ["--val-fraction 0.99 --eval-every 4000 --steps 4000"]),
+    8: ([("rng.shuffle(docs)", "docs.sort()")], [""]),
+    9: ([("rng.gauss(0, 0.08)", "rng.gauss(0, 0.0)")], [""]),
+    10: ([("softmax(scores[:seen]) + [0.0] * (len(scores) - seen)", "softmax(scores)")], [""]),
+}
+
+
+class TestReadme(Files):
+    def setUp(self):
+        super().setUp()
+        for name in ("microgpt.py", "vulkan_gemm.py", "input.txt"):
+            shutil.copy(os.path.join(HERE, name), self.folder.name)
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            self.readme = file.read()
+
+    def section(self, title):
+        return self.readme.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+    def run_command(self, flags, *more):
+        """What a command prints, in lines."""
+        done = self.run_script(*flags, *more, script=os.path.join(self.folder.name, "microgpt.py"))
+        return done.returncode, (done.stdout + done.stderr).replace("\r", "\n").splitlines()
+
+    def edited(self, edits):
+        """Put the edits of an exercise into the copy of microgpt.py."""
+        with open(SCRIPT, encoding="utf-8") as file:
+            source = file.read()
+        for old, new in edits:
+            self.assertEqual(source.count(old), 1, old)
+            source = source.replace(old, new)
+        self.file("microgpt.py", source)
+
+    def test_every_command_runs(self):
+        commands = list(readme_commands())
+        self.assertGreater(len(commands), 12)
+        for i, (flags, _) in enumerate(commands, 2):
+            if "--autotune" not in flags:
+                short = ["--warmup-steps", "0"] * ("--warmup-steps" in flags)
+                short += ["--steps", str(i if "--resume" in flags else 2), "--samples", "1"]
+                status, lines = self.run_command(flags, *short)
+                self.assertEqual(status, 0, (flags, lines[-1:]))
+
+    def test_the_flags_are_those_that_there_are(self):
+        table = self.section("Flags").split("\n\n")[0]
+        flags = {flag for action in microgpt.make_parser()._actions for flag in action.option_strings}
+        self.assertEqual(set(re.findall(r"--[a-z][a-z0-9-]+", table)), flags - {"-h", "--help"})
+
+    def test_the_numbers_for_porting_are_those_of_the_shipped_names(self):
+        flags = ["--explain", "emma", "--samples", "5", "--trace", "run.jsonl"]
+        status, lines = self.run_command(flags)
+        self.assertEqual(status, 0)
+        for line in self.section("What you see").split("```\n")[1].splitlines():
+            self.assertIn(line, lines)
+        explained = next(shown for flags, shown in readme_commands() if "--explain" in flags)
+        self.assertEqual(explained, lines[-len(explained) :])
+        with open(os.path.join(self.folder.name, "run.jsonl"), encoding="utf-8") as file:
+            trace = list(map(json.loads, file))
+        rows = re.findall(r"^\| (\d+) \| (\w+) \| (\S+) \| (\S+) \|$", self.section("Porting"), re.M)
+        self.assertEqual([int(row[0]) for row in rows], [*range(1, 11), 1000])
+        for step, name, loss, norm in rows:
+            line = trace[int(step) - 1]
+            self.assertEqual([name], line["documents"])
+            self.assertAlmostEqual(line["loss"], float(loss), 11)
+            self.assertAlmostEqual(line["gradient_norm"], float(norm), 10)
+        a, b = Value(2.0), Value(-3.0)
+        y = (a * b + a**2).tanh() / b
+        microgpt.backward(y)
+        docs = microgpt.read_documents([os.path.join(HERE, "input.txt")])
+        rng = random.Random(42)
+        rng.shuffle(docs)
+        config = Config(CharTokenizer(docs).vocab_size)
+        first = flat(logits(Tensor, config, microgpt.initial_weights(config, rng), [26]))
+        wanted = [y.data, a.grad, b.grad, *first[:3], sum(first), trace[0]["loss"], trace[0]["gradient_norm"]]
+        wanted += trace[0]["gradient_squares"].values()
+        table = self.section("Porting").split("|---|---|\n")[1].split("\n\n")[0]
+        told = list(map(float, re.findall(r"-?\d+\.\d{6,}(?:e-\d+)?", table)))
+        self.assertEqual(len(told), len(wanted))
+        for a, b in zip(told, wanted):
+            self.assertAlmostEqual(a / b, 1, 9)
+        samples = [line.split(": ")[1] for line in lines if line.startswith("sample")]
+        self.assertIn("{}, {}, {}, {} and {}".format(*samples), self.section("Porting").replace("\n", " "))
+
+    def test_the_exercises_fit_the_source(self):
+        items = re.split(r"^\d+\. ", self.section("Exercises"), flags=re.M)[1:]
+        self.assertEqual(len(items), len(EXERCISES))
+        for item, (edits, runs) in zip(items, EXERCISES.values()):
+            self.edited(edits)
+            told = " ".join(item.split())
+            for _, new in edits:
+                self.assertIn(new, told)
+            flags = [*runs[-1].split(), "--steps", "2", "--val-fraction", "0.5", "--samples", "1", "--batch-size", "1"]
+            self.assertEqual(self.run_command(flags)[0], 0, item)
+
+    def check_everything(self):
+        """Run every command and every exercise in full, and print what the README does not say."""
+        numbers = " ".join(self.section("Exercises").split())
+        for flags, shown in readme_commands():
+            if "--autotune" in flags or "--help" in flags:
+                continue
+            _, lines = self.run_command(flags)
+            print("microgpt.py", *flags, "-- as it says" if all(line in lines for line in shown) else "-- OTHER:")
+            for line in shown:
+                print(end=f"  {line}\n" * (line not in lines))
+        for number, (edits, runs) in EXERCISES.items():
+            self.edited(edits)
+            for run in runs:
+                flags = ["--val-fraction", "0.1", "--eval-every", "1000", "--samples", "5", *run.split()]
+                for line in self.run_command(flags)[1]:
+                    found = re.findall(r"validation (\d\S+)$|^sample  \d: (.*)|error: (.*)", line)
+                    for text in filter(None, chain(*found)):
+                        print(number, run, text, "" if text in numbers else "-- NOT IN THE README")
+
+
 # The benchmark --------------------------------------------------------------------------------------------
 #
 # Each row times a thing and another in turn, some rounds long, and gives the medians and the median of the ratios.
@@ -2705,4 +2856,9 @@ def benchmark(rows):
 
 
 if __name__ == "__main__":
-    benchmark(sys.argv[2:]) if sys.argv[1:2] == ["benchmark"] else unittest.main()
+    if sys.argv[1:2] == ["benchmark"]:
+        benchmark(sys.argv[2:])
+    elif sys.argv[1:] == ["readme"]:
+        unittest.TextTestRunner().run(TestReadme("check_everything"))
+    else:
+        unittest.main()
