@@ -87,6 +87,8 @@ class Test(unittest.TestCase):
 
 
 class Files(Test):
+    timeout = 120  # seconds that a process may take
+
     def setUp(self):
         self.folder = tempfile.TemporaryDirectory()
         self.addCleanup(self.folder.cleanup)
@@ -106,7 +108,7 @@ class Files(Test):
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            timeout=120,
+            timeout=self.timeout,
         )
         done.stdout = done.stdout.decode().replace(os.linesep, "\n")
         done.stderr = done.stderr.decode().replace(os.linesep, "\n")
@@ -2720,7 +2722,7 @@ class TestReadme(Files):
 
     def check_everything(self):
         """Run every command and every exercise in full, and print what the README does not say."""
-        numbers = " ".join(self.section("Exercises").split())
+        self.timeout, numbers = 1200, " ".join(self.section("Exercises").split())
         for flags, shown in readme_commands():
             if "--autotune" in flags or "--help" in flags:
                 continue
