@@ -698,7 +698,7 @@ class Tensor:
 
     # For each document and head y = P V, where P is the softmax of S = Q K^T / sqrt(size). As in linear
     # dV = P^T g, dP = g V^T, and but for sqrt(size) dQ = dS K and dK = dS^T Q. Raising s[i] raises p[i] by p[i],
-    # and making the sum 1 again lowers every p[j] by p[j] p[i], so ds[i] = p[i] (dp[i] - the sum of all p[j] dp[j]).
+    # and making the sum 1 again lowers every p[j] by p[j] p[i]: ds[i] = p[i] (dp[i] - the sum of all p[j] dp[j]).
     # What a cache held before is a constant. A long document goes block by block, each block of rows with its own
     # past alone: that leaves out most of the future, which is half of the work. So the gradient of a key or a
     # value is the sum of what its own block and all later ones pass on.
@@ -977,8 +977,7 @@ class Workers:
             while True:
                 self.inboxes[i].put(self.pipes[i].recv())
         except (EOFError, OSError):
-            self.processes[i].join(1)
-            self.inboxes[i].put(f"it has died (exit code {self.processes[i].exitcode})")
+            self.inboxes[i].put("it has died")
 
     def receive(self, i):
         """The part of worker i in the loss and in the gradients."""
@@ -990,7 +989,10 @@ class Workers:
                 silence += 1
                 message = "no sign of life" if silence == 4 else None
         if isinstance(message, str):
-            raise Halt(f"worker {i + 1} of {len(self.pipes)}: {message}")
+            self.processes[i].join(0.5)
+            code = self.processes[i].exitcode
+            ended = "" if code is None else f" (exit code {code})"
+            raise Halt(f"worker {i + 1} of {len(self.pipes)}: {message}{ended}")
         return message
 
 
