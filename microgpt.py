@@ -32,7 +32,7 @@ import threading
 import time
 from array import array
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from heapq import heapify, heappop, heappush
@@ -963,8 +963,12 @@ class Workers:
 
         def send():
             for i, pipe in enumerate(self.pipes):
-                with suppress(OSError):  # it has died, as receive() will say
+                try:
                     pipe.send((batch[i::n], predictions(batch[i::n]) / predictions(batch), data))
+                except OSError:  # it has died, as listen() will say
+                    pass
+                except MemoryError:
+                    self.inboxes[i].put("there is not enough memory")
 
         threading.Thread(target=send, daemon=True).start()  # for a worker that hangs takes nothing
         losses, grads = zip(*map(self.receive, range(n)))  # in this order, so that the sums are always the same

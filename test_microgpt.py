@@ -2600,10 +2600,10 @@ def readme_commands():
     with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
         blocks = re.findall(r"^```(\w*)\n(.*?)^```$", file.read().replace("\\\n", ""), re.M | re.S)
     for _, block in blocks:
-        for part in re.split(r"^(?=(?:\$ )?python )", block, flags=re.M):
+        start = "$ python " if block.startswith("$") else "python "
+        for part in block[len(start) :].split("\n" + start) if block.startswith(start) else ():
             command, _, shown = part.partition("\n")
-            if command.startswith(("$ python microgpt.py", "python microgpt.py")):
-                yield shlex.split(command.lstrip("$ "), comments=True)[2:], shown.splitlines()
+            yield shlex.split(command, comments=True)[1:], shown.splitlines()
 
 
 EXERCISES = {  # number -> edits of the source, flags
