@@ -995,6 +995,12 @@ def gone(pid):
         return True
 
 
+def heeded(names):
+    """Those signals that end a process: nohup, for one, has all that it starts ignore SIGHUP."""
+    numbers = [getattr(signal, name) for name in names.split()]
+    return [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+
+
 SEES_PROCESSES = os.path.exists(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
 
 
@@ -1123,7 +1129,7 @@ class TestWorkers(Files):
 
     @unittest.skipUnless(SEES_PROCESSES, "needs /proc")
     def test_a_worker_that_is_killed_ends_the_run(self):
-        for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGHUP, signal.SIGABRT, signal.SIGUSR1):
+        for number in heeded("SIGKILL SIGSEGV SIGHUP SIGABRT SIGUSR1"):
             process, workers = self.start()
             os.kill(workers[number % 2], number)
             line = rf"^microgpt: error: worker {number % 2 + 1} of 2: it has died \(exit code -{int(number)}\); step"
@@ -1160,7 +1166,7 @@ class TestWorkers(Files):
 
     @unittest.skipUnless(SEES_PROCESSES, "needs /proc")
     def test_workers_end_with_their_parent(self):
-        for number in (signal.SIGKILL, signal.SIGHUP):
+        for number in heeded("SIGKILL SIGHUP"):
             process, workers = self.start()
             process.send_signal(number)
             process.wait(timeout=5)
@@ -2726,7 +2732,7 @@ class TestReadme(Files):
         for flags, shown in readme_commands():
             if "--autotune" in flags or "--help" in flags:
                 continue
-            _, lines = self.run_command(flags)
+            lines = list(map(str.rstrip, self.run_command(flags)[1]))
             print("microgpt.py", *flags, "-- as it says" if all(line in lines for line in shown) else "-- OTHER:")
             for line in shown:
                 print(end=f"  {line}\n" * (line not in lines))
@@ -2734,10 +2740,10 @@ class TestReadme(Files):
             self.edited(edits)
             for run in runs:
                 flags = ["--val-fraction", "0.1", "--eval-every", "1000", "--samples", "5", *run.split()]
+                pattern = r"validation (\d\S+)$|" + (r"^sample  \d: (.*)" if number == 4 else r"loss of (step \d+)")
                 for line in self.run_command(flags)[1]:
-                    found = re.findall(r"validation (\d\S+)$|^sample  \d: (.*)|error: (.*)", line)
-                    for text in filter(None, chain(*found)):
-                        print(number, run, text, "" if text in numbers else "-- NOT IN THE README")
+                    for text in filter(None, chain(*re.findall(pattern, line))):
+                        print(number, run, text, "-- as it says" if text in numbers else "-- OTHER")
 
 
 # The benchmark --------------------------------------------------------------------------------------------
