@@ -894,9 +894,11 @@ def predictions(batch):
     """The number of tokens that a batch predicts."""
     return sum(map(len, batch)) - len(batch)
 
+STOPS = signal.SIGINT, signal.SIGTERM
+
 def work(pipe, others, engine, config):
     """The life of a worker: to send back the loss and the gradients of each share of a batch that comes."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)  # it is for the parent to stop
     for other in others:
         other.close()  # the parent's ends, where a fork copied them: open, they would hide its death
@@ -937,7 +939,8 @@ class Workers:
         self.config, self.pipes, self.processes = config, [], []
         atexit.register(self.stop)  # after that import, and so before what multiprocessing does at the end
         context = get_context("spawn" if engine == "vulkan" else None)  # a GPU does not outlive a fork
-        before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+        if hasattr(signal, "pthread_sigmask"):  # not on Windows; a signal to stop then waits, and no worker sees it
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         for _ in range(n):
             pipe, theirs = connection.Pipe()
             self.pipes.append(pipe)
@@ -945,8 +948,8 @@ class Workers:
             self.processes.append(context.Process(target=work, args=args, daemon=True))
             self.processes[-1].start()
             theirs.close()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         self.inboxes = [SimpleQueue() for _ in range(n)]
         for i in range(n):
             threading.Thread(target=self.listen, args=(i,), daemon=True).start()
@@ -1680,7 +1683,7 @@ class Signals:
 
     def __init__(self):
         self.caught, self.training, self.saved = 0, False, "nothing was saved"
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does
                 signal.signal(number, self.catch)
 

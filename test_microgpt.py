@@ -1145,6 +1145,25 @@ class TestWorkers(Files):
         process.send_signal(signal.SIGTERM)
         self.assertEnds(process, workers, 143, "^microgpt: interrupted: step")
 
+    @unittest.skipUnless(hasattr(os, "fork"), "needs POSIX signals")
+    def test_a_signal_while_workers_start_is_not_lost(self):
+        import multiprocessing
+
+        start, caught = multiprocessing.process.BaseProcess.start, []
+
+        def interrupted(process):
+            os.kill(os.getpid(), signal.SIGINT)
+            start(process)
+
+        before = signal.signal(signal.SIGINT, lambda *_: caught.append(1))
+        self.addCleanup(signal.signal, signal.SIGINT, before)
+        config, weights = model()
+        with unittest.mock.patch("multiprocessing.process.BaseProcess.start", interrupted):
+            workers = microgpt.Workers(2, "tensor", config)
+        self.assertTrue(caught)
+        workers(weights, [[1, 2], [3, 4]])
+        workers.stop()
+
     @unittest.skipUnless(SEES_PROCESSES, "needs /proc")
     def test_a_worker_that_hangs_ends_the_run_but_a_rest_of_all_does_not(self):
         process, workers = self.start()
@@ -1153,14 +1172,14 @@ class TestWorkers(Files):
             os.kill(pid, signal.SIGSTOP)
         start = time.monotonic()
         self.assertEnds(process, workers, 1, "^microgpt: error: worker 2 of 2: no sign of life; step")
-        self.assertLess(time.monotonic() - start, 15)
+        self.assertLess(time.monotonic() - start, 25)
         for pid in [resting.pid, *others]:
             os.kill(pid, signal.SIGCONT)
             time.sleep(0.1)
         resting.stdout.read(1_000)
         self.assertIsNone(resting.poll())
         resting.send_signal(signal.SIGINT)
-        resting.communicate(timeout=5)
+        resting.communicate(timeout=20)
         self.assertEqual(resting.returncode, 130)
         self.assertGone(others)
 
@@ -1680,13 +1699,12 @@ class TestCheckpoints(Files):
         while b"params" not in process.stdout.readline():
             pass
         time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.2)
-        start = time.perf_counter()
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
-        self.assertEqual(process.returncode, 130)
-        self.assertLess(time.perf_counter() - start, 1)
+        end = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < end:  # two at once may count as one
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.2)
+        self.assertEqual((process.returncode, process.stderr.read()), (130, b""))
+        self.assertFalse(os.path.exists(self.path))  # the step, of several seconds, did not end
 
     @unittest.skipIf(os.name == "nt", "needs POSIX signals")
     def test_a_signal_in_sampling_or_learning_of_merges_ends_at_once(self):
@@ -2540,7 +2558,7 @@ class TestAutotune(Files):
         start = time.monotonic()
         done = self.run_script(*self.flags, *flags, script=self.file("driver.py", code))
         self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertLess(time.monotonic() - start, limit + 15)  # it should be 1 more; machines may be busy
+        self.assertLess(time.monotonic() - start, limit + 25)  # it should be 1 more; machines may be busy
         *_, table = done.stdout.partition("tokens/s\n")
         *rows, command = table.splitlines()
         return {tuple(row.split()[:3]): float(row.split()[3]) for row in rows}, command
@@ -2585,7 +2603,7 @@ class TestAutotune(Files):
         with subprocess.Popen(command, cwd=self.folder.name, stdout=pipe, stderr=pipe) as process:
             time.sleep(3)
             process.send_signal(signal.SIGINT)
-            out, errors = process.communicate(timeout=10)
+            out, errors = process.communicate(timeout=30)
         self.assertEqual(process.returncode, 130)
         self.assertRegex(errors, rb"microgpt: interrupted: nothing was saved\n$")
         rows = out.decode().partition("tokens/s\n")[2].splitlines()
