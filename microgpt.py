@@ -106,14 +106,15 @@ class CharTokenizer:
 # 3. Autograd on one number --------------------------------------------------------------------------------
 #
 # The loss is one number that says how wrong the model is. Its derivative with respect to some number is called
-# that number's gradient: it tells which way to change the number. Each operation knows its own slopes: c = a * b
-# changes b times as fast as a, and a times as fast as b. By the chain rule slopes multiply along a path from a
-# number to the loss, and the products of all paths add up. So the result of every operation goes on a list, the
-# tape, and backward() reads it from the end: all that was computed from a Value comes later on the tape, so its
-# gradient is complete before it is passed on.
+# that number's gradient: it tells which way to change the number. Autograd finds all gradients: each operation
+# knows its slopes, the derivatives with respect to its inputs. c = a * b changes b times as fast as a, and a
+# times as fast as b. By the chain rule slopes multiply along a path from a number to the loss, and the products
+# of all paths add up. So the result of every operation goes on a list, the tape, and backward() reads it from the
+# end: all that was computed from a Value comes later on the tape, so its gradient is complete before it is passed
+# on.
 
 tape = []  # the results of all operations, in the order in which they were computed
-recording = True
+recording = True  # or not, in no_grad(): sampling, for one, needs no gradients
 
 @contextmanager
 def no_grad():
@@ -126,7 +127,7 @@ def no_grad():
         recording = before
 
 def backward(loss):
-    """Add to the grad of all that the loss came from its derivative with respect to that; empty the tape."""
+    """Add to the grad of every number behind the loss the derivative of the loss by it; empty the tape."""
     loss.grad = 1.0
     while tape:
         tape.pop().backprop()
@@ -188,16 +189,16 @@ class Value:
 
 # 4. The operations of a GPT, spelled out in Values --------------------------------------------------------
 #
-# A GPT needs no more than these. x is a list of rows, one for each position in the text, and the numbers in a
-# row are its channels: x[position][channel]. All operations but attention treat each row by itself; attention
-# is how the past gets into the present.
+# A GPT needs no more than these. The numbers that training changes are its weights, or parameters. x is a list of
+# rows, one for each position in the text, and the numbers in a row are its channels: x[position][channel]. All
+# operations but attention treat each row by itself; attention is how the past gets into the present.
 
 class Scalar:
     """The engine that computes with Values: slow, plain, and the definition of what a faster one must do. A
     class only as a box of functions: they take no self, and section 9 has another box with the same names."""
 
     def wrap(weights):
-        """Weights as Values, for one step."""
+        """Weights as Values, with gradients of 0."""
         return {name: [list(map(Value, row)) for row in rows] for name, rows in weights.items()}
 
     def grads(w):
@@ -216,8 +217,8 @@ class Scalar:
         return [[a + b for a, b in zip(*rows)] for rows in zip(x, z)]
 
     def linear(x, w, bias=None):
-        """In each position y = W x + b: every output is a weighted sum of all inputs, plus a number of its own,
-        the bias, if there is one. Weights are w[output][input]."""
+        """A linear layer: in each position y = W x + b. Every output is a weighted sum of all inputs, plus a
+        number of its own, the bias, if there is one. Weights are w[output][input]."""
         y = [[sum(map(mul, weights, row)) for weights in w] for row in x]
         return Scalar.add(y, repeat(bias[0])) if bias else y
 
@@ -252,11 +253,11 @@ class Scalar:
 
     def attention(q, k, v, lengths, caches, n_head):
         """Each position has a query (what it looks for), a key (what it can be found by) and a value (what it
-        hands on). Query times key is a score, over sqrt(size) lest it grow with the size; the softmax of the
-        scores says what share of each value to take. A key joins the cache before its query is asked, and later
-        ones after, so no position sees the future. Each head does this on a slice of the channels of its own.
-        `lengths` says how many rows each document has, and its cache keeps all of its keys and values. (Vaswani et
-        al. 2017)"""
+        hands on). The dot product of query and key is a score, over sqrt(size) lest it grow with the size; the
+        softmax of the scores says what share of each value to take. A document's cache holds its keys and values
+        so far: a position adds its own, then asks, so none sees the future. Each head does this on `size` channels
+        of its own, so that a position can look for several things at once. `lengths` says how many rows each
+        document has. (Vaswani et al. 2017)"""
         size, out = len(q[0]) // n_head, []
         for length, (keys, values) in zip(lengths, caches):
             for t in range(len(out), len(out) + length):
@@ -282,12 +283,12 @@ class Scalar:
 
 # 5. GPT ---------------------------------------------------------------------------------------------------
 #
-# The numbers that training changes are called weights, or parameters: a dictionary from names to rows of floats.
-# A token and its position have an embedding each, and the sum of both is a row of n_embd channels. Each layer
-# changes it twice, each time by adding to it. (This is the residual connection: x + f(x) has a slope of 1 from x,
-# so gradients reach the first layer undiminished.) Attention adds what it found in other positions, the MLP
-# (multilayer perceptron), two linear layers with an activation between them, works on each position alone.
-# lm_head, the last linear layer, turns each row into logits: a score for each token that may come next.
+# The weights are a dictionary from names to rows of floats. A token and its position have an embedding each, and
+# the sum of both is a row of n_embd channels. Each layer changes it twice, each time by adding something computed
+# from its normalized copy. (This is the residual connection: x + f(x) has a slope of 1 from x, so gradients reach
+# the first layer undiminished.) Attention adds what it found in other positions; the MLP (multilayer perceptron),
+# two linear operations with an activation between them, works on each position alone. A last one, lm_head, turns
+# each row into logits: a score for each token that may come next.
 
 @dataclass(frozen=True)
 class Config:
@@ -297,7 +298,7 @@ class Config:
     n_layer: int = 1
     n_embd: int = 16
     n_head: int = 4
-    block_size: int = 16
+    block_size: int = 16  # the most positions that it can see
     arch: str = "microgpt"
 
     def __post_init__(self):
@@ -338,8 +339,8 @@ def new_cache(config):
 
 def gpt(engine, config, w, docs, caches):
     """The logits after each of the next tokens of some documents, x[position][token id], one document after the
-    other; each goes on where its cache ends. Training passes documents whole, with new caches; sampling passes a
-    token at a time; a prompt is just several. So no key or value is computed twice."""
+    other; each goes on where its cache ends. Training passes whole documents with new caches; sampling passes a
+    prompt, the text to go on from, then a token at a time."""
     def linear(x, name):
         return engine.linear(x, w[name], w.get(name + ".bias"))
 
@@ -380,7 +381,8 @@ def rows_of(*dictionaries):
 def adam(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8, **_):
     """Move the weights by one step (the first is step 0), and their moments m and v with them, in place."""
     new1, new2, sqrt = 1 - beta1, 1 - beta2, math.sqrt
-    # The moments start at 0, and are 1 - beta^t too small. The paper divides both by it; this is the same.
+    # The moments start at 0, too small by a factor of 1 - beta^(step + 1). The paper divides both by it; this is
+    # the same.
     short = sqrt(1 - beta2 ** (step + 1))
     rate, eps = lr * short / (1 - beta1 ** (step + 1)), eps * short
     for w, g, mw, vw in rows_of(weights, grads, m, v):
@@ -438,7 +440,8 @@ def linear_decay(done):
 def train(compute, weights, m, v, batch_at, steps, rate_at, optimizer=adam, first=0, **settings):
     """Train the weights and their moments m and v, in place, from step `first` to `steps`. compute is
     loss_and_grads with an engine and a config; batch_at and rate_at give each step its batch and its learning
-    rate. After each step yield its number, from 0, loss, gradients and batch."""
+    rate, in the reference 0.01 * linear_decay(step / steps). After each step yield its number, from 0, loss,
+    gradients and batch."""
     for step in range(first, steps):
         batch = batch_at(step)
         loss, grads = compute(weights, batch)
@@ -451,8 +454,8 @@ def train(compute, weights, m, v, batch_at, steps, rate_at, optimizer=adam, firs
 # Draw a token by the model's probabilities, append it, and so on until BOS. The logits are first divided by the
 # temperature: below 1 likely tokens become likelier still, and 0 means always the likeliest. Keys and values of
 # the past don't change, so the cache keeps them, and a token costs one position. But positions are learned only up
-# to block_size. When they are used up the window slides: its later half is read anew from position 0, and the
-# rest is forgotten. That makes two positions a token. A prompt that is too long is cut to half a window, too.
+# to block_size, the window. When it is full it slides: its later half is read anew from position 0, and the rest
+# is forgotten, so that a token then costs about two positions. A prompt that is too long is cut to half a window.
 
 def sample(engine, config, weights, prompt, max_tokens, temperature=1.0, top_k=0, rng=random):
     """Yield max_tokens tokens that go on from a prompt of at least one, each drawn from the top_k likeliest and
@@ -627,10 +630,10 @@ class Tensor:
 
         return Tensor([list(map(plus, *rows)) for rows in zip(x.data, z.data)], rule)
 
-    # y[t][o] is the sum over i of w[o][i] x[t][i], plus b[o]. So x[t][i] goes into y[t][o] for every o with
-    # slope w[o][i], and dx = g W. w[o][i] goes into it for every t with slope x[t][i], and dW = g^T x. b[o]
-    # goes into it for every t with slope 1, and db is the sum of the rows of g. Where a relu made x sparse it is
-    # flat, and needs no gradient.
+    # y[t][o] is the sum over i of w[o][i] x[t][i], plus b[o]. So x[t][i] goes into y[t][o] for every o with slope
+    # w[o][i], and dx = g W. w[o][i] goes into it for every t with slope x[t][i], and dW = g^T x. b[o] goes into
+    # it for every t with slope 1, and db is the sum of the rows of g. Where a relu made x 0 it is flat, so x
+    # needs no gradient there.
     def linear(x, w, bias=None):
         y = matmul(x.data, w.data, transpose_b=True)
         if bias:
@@ -770,11 +773,11 @@ class Tensor:
 
 # 10. Subwords ---------------------------------------------------------------------------------------------
 #
-# Characters are many and say little. Byte-pair encoding (Gage 1994; Sennrich et al. 2016) finds better tokens: the
-# pair of neighbors that occurs most often becomes a token of its own, again and again, until "the" is one, and, as
-# nothing is split at spaces, " of the " is another. Here a text in tokens is a string of chr(id), so that Python's
-# own split finds every place of a pair at once. Only the counts of the neighbors of those places change: counting
-# all pairs anew for each merge takes about a hundred times as long.
+# Characters are many and say little. Byte-pair encoding (Gage 1994; Sennrich et al. 2016) finds better tokens:
+# the pair of neighbors that occurs most often becomes a token of its own, again and again, until "the" is one,
+# and even " of the ", as nothing is split at spaces. Here a text in tokens is a string of chr(id), so that
+# Python's own split finds every place of a pair at once. Only the counts of the neighbors of those places change:
+# counting all pairs anew for each merge takes about a hundred times as long.
 
 BETWEEN = chr(0x10FFFF)  # parts documents: no pair reaches across
 
@@ -939,17 +942,21 @@ class Workers:
         self.config, self.pipes, self.processes = config, [], []
         atexit.register(self.stop)  # after that import, and so before what multiprocessing does at the end
         context = get_context("spawn" if engine == "vulkan" else None)  # a GPU does not outlive a fork
-        if hasattr(signal, "pthread_sigmask"):  # not on Windows; a signal to stop then waits, and no worker sees it
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-        for _ in range(n):
-            pipe, theirs = connection.Pipe()
-            self.pipes.append(pipe)
-            args = theirs, self.pipes[:], engine, config
-            self.processes.append(context.Process(target=work, args=args, daemon=True))
-            self.processes[-1].start()
-            theirs.close()
-        if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        try:
+            if hasattr(signal, "pthread_sigmask"):  # where it is, signals to stop wait, and no worker gets them
+                signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+            for _ in range(n):
+                pipe, theirs = connection.Pipe()
+                self.pipes.append(pipe)
+                process = context.Process(target=work, args=(theirs, self.pipes[:], engine, config), daemon=True)
+                process.start()
+                self.processes.append(process)
+                theirs.close()
+        except OSError as error:
+            raise UserError(f"cannot start {n} workers: {error.strerror}") from None
+        finally:
+            if hasattr(signal, "pthread_sigmask"):
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         self.inboxes = [SimpleQueue() for _ in range(n)]
         for i in range(n):
             threading.Thread(target=self.listen, args=(i,), daemon=True).start()
@@ -1019,7 +1026,7 @@ class Workers:
 # Each adds one idea to the one before. Gradient descent takes a step down the slope. Momentum goes on in the
 # direction in which it has been going. RMSprop divides by the size that gradients have had lately, weight by
 # weight. Adam (section 6) does both. AdamW also pulls each weight towards 0, apart from the gradient. They all
-# have the same parameters and take what they need of them.
+# take the same arguments and heed what they need of them.
 
 def sgd(weights, grads, m, v, step, lr, **_):
     """Stochastic gradient descent (Robbins, Monro 1951)."""
@@ -1051,7 +1058,8 @@ def adamw(weights, grads, m, v, step, lr, weight_decay=0.01, **settings):
 OPTIMIZERS = {"sgd": sgd, "momentum": momentum, "rmsprop": rmsprop, "adam": adam, "adamw": adamw}
 
 def clipped(optimizer, limit):
-    """An optimizer that first scales all gradients down, if the norm of them together is above the limit."""
+    """An optimizer that first scales all gradients down if their norm, the root of the sum of all their squares,
+    is above the limit."""
     def update(weights, grads, *args, **settings):
         norm = math.sqrt(sum(sumprod(row, row) for (row,) in rows_of(grads)))
         if norm > limit:
@@ -1078,8 +1086,8 @@ def learning_rate(step, steps, lr, warmup, decay):
 # What a run has learned is kept in one file, in the .safetensors format: the length of a header, the header
 # (JSON, which says of each matrix its type, its shape and where it lies), then the plain numbers. Other tools can
 # open it, PyTorch among them, and unlike a pickle it cannot run code. It is written beside its place and renamed
-# when it is whole and on the disk: at any instant there is the old file or the new one. The reader trusts
-# nothing.
+# when it is whole and on the disk: at any instant there is the old file or the new one. read_safetensors
+# trusts nothing.
 
 HEADER_LIMIT = 4_000_000  # bytes
 
@@ -1146,7 +1154,7 @@ def read_safetensors(path):
 
 @dataclass
 class State:
-    """All that a run has come to and needs to go on."""
+    """All that a run needs to go on."""
 
     config: Config
     tokenizer: CharTokenizer
@@ -1156,7 +1164,7 @@ class State:
     rng: random.Random
     step: int = 0
     seen: int = 0  # tokens so far
-    recent: tuple = (0.0, 0)  # the sum of the losses since the last validation, and their number
+    recent: tuple = (0.0, 0)  # the sum of the losses since the last validation (section 17), and their number
 
     def save(self, path, flags):
         """Write a checkpoint. Refuses to replace a good one with numbers that are not finite."""
@@ -1282,13 +1290,13 @@ path, polyline { fill: none; stroke: currentColor; stroke-width: 1.5 } .mean { c
 .title { font: bold 15px monospace }</style><rect width="800" height="500"/>"""
 
 def limits(values):
-    """A range somewhat wider than that of the values, and never an empty one."""
+    """A range somewhat wider than that of the values, never empty. One from 0 stays so."""
     low, high = min(values, default=0), max(values, default=0)
     edge = (high - low) / 40 if high - low > 1e-7 * abs(high) else abs(high) / 10 or 1
     return low and low - edge, high + edge
 
 def round_ticks(low, high, number, least=0):
-    """About so many numbers within the limits: the multiples of 1, 2 or 5 times a power of ten, but of least."""
+    """About so many numbers within the limits: multiples of 1, 2 or 5 times a power of ten, or of a larger least."""
     power = 10.0 ** math.floor(math.log10((high - low) / number))
     gap = max(least, next(unit * power for unit in (1, 2, 5, 10) if unit * power * number >= high - low))
     return [i * gap for i in range(math.ceil(low / gap), math.floor(high / gap) + 1)]
@@ -1362,8 +1370,10 @@ def traced(training, path, state, rate_at):
                 }
                 if step == 0:
                     facts["gradient_squares"] = squares
-                print(json.dumps(facts), file=file, flush=True)
-                yield step, loss, grads, batch
+                try:
+                    print(json.dumps(facts), file=file, flush=True)
+                finally:
+                    yield step, loss, grads, batch  # even so: its weights have moved
     except OSError as error:
         raise Halt(f"cannot write {path}: {error.strerror}") from None
 
@@ -1371,7 +1381,8 @@ def traced(training, path, state, rate_at):
 # 17. The command line -------------------------------------------------------------------------------------
 #
 # Every flag has the reference's value unless it is given. Standard output is the run; standard error gets one
-# line if something is wrong, and the exit status is then 2 for the command line and 1 for everything else.
+# line if something is wrong, and the exit status is then 2 for the command line, 128 and its number for a signal,
+# and 1 for everything else.
 
 NAMES = "https://raw.githubusercontent.com/karpathy/makemore/988aa59/names.txt"
 
@@ -1416,8 +1427,9 @@ def number(kind, low, below=math.inf):
     """An argparse type: numbers n with low <= n < below."""
     def parse(text):
         try:
-            if low <= kind(text) < below:
-                return kind(text)
+            value = kind(text)
+            if low <= value < below:
+                return value
         except ValueError:
             pass
         what = f"a {'whole ' * (kind is int)}number from {low}" + f" to below {below}" * (below < math.inf)
@@ -1472,8 +1484,8 @@ def make_parser():
     group = parser.add_argument_group("watching")
     flag("--val-fraction X", share, 0.0, "share of the corpus to hold out for validation")
     flag("--eval-every N", size, 100, "validate every N steps")
-    flag("--div-warn PCT", real, None, "warn if the validation loss is so many % above training (20)")
-    flag("--div-crit PCT", real, None, "stop if it is so many % above training")
+    flag("--div-warn PCT", real, None, "warn if the validation loss is so many %% above training (20)")
+    flag("--div-crit PCT", real, None, "stop if it is so many %% above training")
     flag("--gen-every N", size, None, "show a sample every N steps")
     flag("--plot FILE.svg", str, None, "draw the loss")
     flag("--trace FILE.jsonl", str, None, "write a line of numbers a step")
@@ -1574,8 +1586,8 @@ def load_corpus(args, rng):
     return ([whole[:cut]], [whole[cut:]]) if args.stream else (whole[:cut], whole[cut:])
 
 def tokenize(args, tokenizer, docs, held_out):
-    """A tokenizer (of a saved run, or None for a new one), the training documents in a form to take slices of, and
-    what makes ids of such a slice."""
+    """From a saved run's tokenizer, or None: the tokenizer, the training documents in a form to take slices of,
+    and what makes ids of such a slice."""
     saved, tokenizer = tokenizer, tokenizer or CharTokenizer(docs + held_out)
     tokenizer.encode("".join(sorted(set().union(*docs, *held_out))))  # a saved one may lack some characters
     if not args.vocab_size:
@@ -1745,7 +1757,7 @@ class Run:
 
     def train(self):
         """Train to the end, or to a signal."""
-        args, state = self.args, self.state
+        args, state, first = self.args, self.state, self.state.step
         workers = Workers(args.workers, args.engine, state.config) if args.workers > 1 else None
         self.engine = use_engine(args.engine)
         compute = workers or partial(loss_and_grads, self.engine, state.config)
@@ -1753,7 +1765,7 @@ class Run:
         if args.clip_grad is not None:
             optimizer = clipped(optimizer, args.clip_grad)
         settings = {name: getattr(args, name) for name in ("beta1", "beta2", "eps", "weight_decay")}
-        plan = self.batches(args.batch_size), args.steps, self.rate_at, optimizer, state.step
+        plan = self.batches(args.batch_size), args.steps, self.rate_at, optimizer, first
         training = train(compute, state.weights, state.m, state.v, *plan, **settings)
         if args.trace:
             training = traced(training, args.trace, state, self.rate_at)
@@ -1766,7 +1778,7 @@ class Run:
         finally:
             if args.plot:
                 self.plot()
-        if state.step == 0:
+        if state.step == first and args.save != args.resume:  # there was no step to save
             self.save()
         self.signals.training = False
         if self.signals.caught:

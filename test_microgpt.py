@@ -12,10 +12,12 @@ reference's names, for the run that must come out the same, and the yardstick, w
 """
 
 import cmath
+import errno
 import gc
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -1064,8 +1066,6 @@ class TestWorkers(Files):
             self.assertSame(self.losses("--resume", path, "--steps", "20", "--workers", n, name=n + ".jsonl"), whole[10:])
 
     def test_every_way_to_start_a_process(self):
-        import multiprocessing
-
         one = self.losses("--steps", "3", "--batch-size", "4", name="one.jsonl")
         driver = self.file(
             "driver.py",
@@ -1145,10 +1145,24 @@ class TestWorkers(Files):
         process.send_signal(signal.SIGTERM)
         self.assertEnds(process, workers, 143, "^microgpt: interrupted: step")
 
+    def test_workers_that_cannot_start_are_one_line(self):
+        start, started = multiprocessing.process.BaseProcess.start, []
+
+        def last(process):
+            if started:
+                raise OSError(errno.EMFILE, "Too many open files")
+            started.append(process)
+            start(process)
+
+        config, _ = model()
+        with unittest.mock.patch("multiprocessing.process.BaseProcess.start", last):
+            with self.assertRaisesRegex(UserError, "^cannot start 2 workers: Too many open files$"):
+                microgpt.Workers(2, "tensor", config)
+        started[0].kill()
+        started[0].join()
+
     @unittest.skipUnless(hasattr(os, "fork"), "needs POSIX signals")
     def test_a_signal_while_workers_start_is_not_lost(self):
-        import multiprocessing
-
         start, caught = multiprocessing.process.BaseProcess.start, []
 
         def interrupted(process):
@@ -1207,8 +1221,6 @@ class TestWorkers(Files):
 
     @unittest.skipUnless(hasattr(os, "fork"), "needs a worker that is a copy of this process")
     def test_a_long_step_is_no_sign_of_death(self):
-        import multiprocessing
-
         config, weights = model()
 
         def slow(*args):
@@ -1407,6 +1419,9 @@ class TestCheckpoints(Files):
         with open(self.path, "rb") as file:
             self.assertEqual(file.read(), content)
         self.assertEqual(load(other)[0].step, 5)
+        os.remove(other)
+        self.main("--resume", self.path, "--samples", "1", "--save", other)  # a finished run has no step to save
+        self.assertEqual(load(other)[0].weights, load(self.path)[0].weights)
 
     def test_initial_weights_are_saved_by_no_steps(self):
         self.saved("--steps", "0")
@@ -2236,13 +2251,14 @@ class TestTrace(Files):
         code = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         code += "resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, 120_000))\n"
         code += f"sys.path.insert(0, {HERE!r}); import microgpt; sys.exit(microgpt.main())"
-        flags = "--trace", self.path, "--save", "a.safetensors", "--steps", "1000000", "--batch-size", "99"
-        done = self.run_script(*flags, script=self.file("driver.py", code))
+        flags = "--schedule", "constant", "--batch-size", "99", "--samples", "0", "--save"
+        more = "a.safetensors", "--trace", self.path, "--steps", "1000000"
+        done = self.run_script(*flags, *more, script=self.file("driver.py", code))
         self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
         self.assertRegex(done.stderr, r"^microgpt: error: cannot write .*run.jsonl: File too large; step \d+ is saved in a")
-        at = re.search(r"step (\d+) is saved", done.stderr).group(1)
-        done = self.run_script("--resume", "a.safetensors", "--steps", at, "--samples", "1")
-        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.run_script(*flags, "b.safetensors", "--steps", re.search(r"step (\d+) is saved", done.stderr).group(1))
+        first, second = [load(os.path.join(self.folder.name, name))[0] for name in ("a.safetensors", "b.safetensors")]
+        self.assertEqual((first.step, first.weights, first.m), (second.step, second.weights, second.m))
 
 
 # 17. The command line -------------------------------------------------------------------------------------
@@ -2429,6 +2445,8 @@ class TestCommandLine(Files):
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         for group in ("data:", "model:", "training:", "watching:", "sampling:", "engine:"):
             self.assertIn("\n" + group + "\n", done.stdout)
+        self.assertIn("so many % above training (20)", " ".join(done.stdout.split()))
+        self.assertNotRegex(done.stdout, "object at")
 
     def test_importing_runs_nothing(self):
         done = subprocess.run(
