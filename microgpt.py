@@ -32,7 +32,7 @@ import threading
 import time
 from array import array
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from heapq import heapify, heappop, heappush
@@ -433,14 +433,10 @@ def loss_and_grads(engine, config, weights, batch):
     backward(loss)
     return loss.data, engine.grads(w)
 
-def linear_decay(done):
-    """The share of the learning rate that is left when this share of the run is done."""
-    return 1 - done
-
 def train(compute, weights, m, v, batch_at, steps, rate_at, optimizer=adam, first=0, **settings):
     """Train the weights and their moments m and v, in place, from step `first` to `steps`. compute is
     loss_and_grads with an engine and a config; batch_at and rate_at give each step its batch and its learning
-    rate, in the reference 0.01 * linear_decay(step / steps). After each step yield its number, from 0, loss,
+    rate, in the reference 0.01 * (1 - step / steps). After each step yield its number, from 0, loss,
     gradients and batch."""
     for step in range(first, steps):
         batch = batch_at(step)
@@ -965,7 +961,6 @@ class Workers:
         """End all workers, whatever they are at."""
         for process in self.processes:
             process.kill()
-        for process in self.processes:
             process.join()
 
     def __call__(self, weights, batch):
@@ -996,18 +991,17 @@ class Workers:
     def receive(self, i):
         """The part of worker i in the loss and in the gradients."""
         message, silence = None, 0
-        while message is None:  # a sign of life
+        while message is None and silence < 4:  # not one wait of 4 s: this process, too, may have been stopped
             try:
-                message, silence = self.inboxes[i].get(timeout=1), 0
-            except Empty:  # four times, and not once for 4 s: this process, too, may have been stopped meanwhile
+                message, silence = self.inboxes[i].get(timeout=1), 0  # None is a sign of life
+            except Empty:
                 silence += 1
-                message = "no sign of life" if silence == 4 else None
-        if isinstance(message, str):
-            self.processes[i].join(0.5)
-            code = self.processes[i].exitcode
-            ended = "" if code is None else f" (exit code {code})"
-            raise Halt(f"worker {i + 1} of {len(self.pipes)}: {message}{ended}")
-        return message
+        if isinstance(message, tuple):
+            return message
+        self.processes[i].join(0.5)
+        code = self.processes[i].exitcode
+        ended = "" if code is None else f" (exit code {code})"
+        raise Halt(f"worker {i + 1} of {len(self.pipes)}: {message or 'no sign of life'}{ended}")
 
 
 # ==========================================================================================================
@@ -1068,13 +1062,10 @@ def clipped(optimizer, limit):
 
     return update
 
-# The rate may also fall along half a cosine (Loshchilov, Hutter 2017), or not at all. Warmup lets it rise in a
-# straight line first, while the moments are still guesses.
-SCHEDULES = {
-    "linear": linear_decay,
-    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
-    "constant": lambda done: 1,
-}
+# What is left of the rate when some share of the run is done: it may also fall along half a cosine (Loshchilov,
+# Hutter 2017), or not at all. Warmup lets it rise in a straight line first, while the moments are still guesses.
+SCHEDULES = {"linear": lambda done: 1 - done, "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+             "constant": lambda done: 1}
 
 def learning_rate(step, steps, lr, warmup, decay):
     """The learning rate of a step of a run: up over the warmup steps, down over the rest."""
@@ -1088,8 +1079,6 @@ def learning_rate(step, steps, lr, warmup, decay):
 # open it, PyTorch among them, and unlike a pickle it cannot run code. It is written beside its place and renamed
 # when it is whole and on the disk: at any instant there is the old file or the new one. read_safetensors
 # trusts nothing.
-
-HEADER_LIMIT = 4_000_000  # bytes
 
 @contextmanager
 def replacing(path):
@@ -1113,42 +1102,30 @@ def write_safetensors(path, tensors, metadata):
         header[name] = {"dtype": "F64", "shape": [len(rows), len(rows[0])], "data_offsets": [start, at]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > HEADER_LIMIT - 8:
-        raise UserError(f"cannot save {path}: too many matrices or merges")
     with replacing(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for (row,) in rows_of(tensors):
             file.write(struct.pack(f"<{len(row)}d", *row))
 
-def read_safetensors(path):
-    """The matrices, as rows of floats, and the metadata of a file. A UserError says what is wrong with it."""
-    def need(condition, what):
-        if not condition:
-            raise UserError(f"{path} is not a whole checkpoint: {what}")
+def need(condition, what):
+    """Raise a ValueError that says what is wrong, unless the condition holds."""
+    if not condition:
+        raise ValueError(what)
 
+def read_safetensors(path):
+    """The matrices, as rows of floats, and the metadata of a file. If it is not whole, any of several errors."""
     need(os.path.isfile(path) or not os.path.exists(path), "it is no file")
-    try:
-        with open(path, "rb") as file:
-            content = memoryview(file.read())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    with open(path, "rb") as file:
+        content = memoryview(file.read())
     at = end = 8 + int.from_bytes(content[:8], "little")
-    need(8 < end <= min(len(content), HEADER_LIMIT), "the length of its header")
-    tensors = {}
-    try:
-        header = json.loads(bytes(content[8:end]))
-        metadata = header.pop("__metadata__")
-        need(all(type(value) is str for value in metadata.values()), "its metadata")
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            kind, (rows, columns) = {"F32": "f", "F64": "d"}[entry["dtype"]], entry["shape"]
-            start, at = at, at + rows * columns * struct.calcsize(kind)
-            need(entry["data_offsets"] == [start - end, at - end] and start < at <= len(content), f"{name!r}")
-            tensors[name] = list(map(list, struct.iter_unpack(f"<{columns}{kind}", content[start:at])))
-            need(all(map(math.isfinite, chain(*tensors[name]))), f"{name!r} holds a number that is not finite")
-    except UserError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, struct.error) as error:
-        need(False, f"its header ({type(error).__name__})")
+    header, tensors = json.loads(bytes(content[8:end])), {}
+    metadata = header.pop("__metadata__")
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        kind, (rows, columns) = {"F32": "f", "F64": "d"}[entry["dtype"]], entry["shape"]
+        start, at = at, at + rows * columns * struct.calcsize(kind)
+        need(entry["data_offsets"] == [start - end, at - end] and start < at <= len(content), f"{name!r}")
+        tensors[name] = list(map(list, struct.iter_unpack(f"<{columns}{kind}", content[start:at])))
+        need(all(map(math.isfinite, chain(*tensors[name]))), f"{name!r} holds a number that is not finite")
     need(at == len(content), "its length")
     return tensors, metadata
 
@@ -1173,53 +1150,43 @@ class State:
             tensors.update({f"optimizer.{kind}.{name}": rows for name, rows in moments.items()})
         if not all(all(map(math.isfinite, row)) for (row,) in rows_of(tensors)):
             raise UserError(f"the weights have overflowed after step {self.step}: try a lower --lr")
-        fields = {
-            "flags": flags,
-            "characters": "".join(self.tokenizer.ids),
-            "merges": self.tokenizer.merges,
-            "step": self.step,
-            "seen": self.seen,
-            "recent": self.recent,
-            "random": self.rng.getstate(),
-        }
+        fields = {"flags": flags, "characters": "".join(self.tokenizer.ids), "merges": self.tokenizer.merges,
+                  "step": self.step, "seen": self.seen, "recent": self.recent, "random": self.rng.getstate()}
         write_safetensors(path, tensors, {name: json.dumps(value) for name, value in fields.items()})
 
 def load_state(path, parse):
     """The run that a checkpoint holds, and its flags, which parse() makes of a command line."""
-    tensors, metadata = read_safetensors(path)
     try:
+        tensors, metadata = read_safetensors(path)
         fields = {name: json.loads(text) for name, text in metadata.items()}
-        if not all(flag.startswith("--") and flag != "--help" for flag in fields["flags"]):
-            raise ValueError("flags")
+        need(all(flag.startswith("--") and flag != "--help" for flag in fields["flags"]), "flags")
         flags, characters, merges = parse([*fields["flags"]]), fields["characters"], fields["merges"]
         lengths, total = [1] * len(characters), 0
         for left, right in merges:
             lengths.append(lengths[left] + lengths[right])
             total += lengths[-1]
-            if min(left, right) < 0 or total > 50_000_000:  # a few merges can make texts beyond all memory
-                raise ValueError("merges")
+            need(min(left, right) >= 0 and total <= 50_000_000, "merges")  # a few can make texts beyond all memory
         tokenizer = BPETokenizer(characters, merges)
         config = config_of(flags, tokenizer)
-        if any(map(vars(flags).get, THIS_TIME)) or config.n_layer > len(tensors):
-            raise ValueError("flags")
-        if "".join(tokenizer.ids) != characters or fields["step"] < 0:
-            raise ValueError("characters or step")
+        need(not any(map(vars(flags).get, THIS_TIME)) and config.n_layer <= len(tensors), "flags")
+        need("".join(tokenizer.ids) == characters and fields["step"] >= 0, "characters or step")
         parts = []
         for prefix in ("", "optimizer.m.", "optimizer.v."):
             part = {name: tensors.pop(prefix + name) for name in shapes(config) if prefix + name in tensors}
-            if (part or not prefix) and {n: (len(w), len(w[0])) for n, w in part.items()} != shapes(config):
-                raise ValueError("the shapes of its matrices")
-            parts.append(part or zeros(parts[0]))
-        if tensors:
-            raise ValueError("matrices that it should not have")
+            parts.append(part or zeros(parts[0]))  # a file of weights alone has no moments
+            need({n: (len(w), len(w[0])) for n, w in parts[-1].items()} == shapes(config), "the shapes")
+        need(not tensors, "matrices that it should not have")
         total, number = fields["recent"]
         version, numbers, gauss = fields["random"]
         rng = random.Random()
         rng.setstate((version, tuple(numbers), gauss))
         counts = int(fields["step"]), int(fields["seen"]), (float(total), int(number))
         return State(config, tokenizer, *parts, rng, *counts), flags
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path} is not a checkpoint of microgpt: {type(error).__name__} {error}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+            struct.error) as error:
+        raise UserError(f"{path} is not a whole checkpoint: {type(error).__name__} {error}") from None
 
 
 # 16. Looking inside ---------------------------------------------------------------------------------------
@@ -1296,7 +1263,7 @@ def limits(values):
     return low and low - edge, high + edge
 
 def round_ticks(low, high, number, least=0):
-    """About so many numbers within the limits: multiples of 1, 2 or 5 times a power of ten, or of a larger least."""
+    """About so many numbers within the limits: multiples of least or more, 1, 2 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10((high - low) / number))
     gap = max(least, next(unit * power for unit in (1, 2, 5, 10) if unit * power * number >= high - low))
     return [i * gap for i in range(math.ceil(low / gap), math.floor(high / gap) + 1)]
@@ -1359,15 +1326,10 @@ def traced(training, path, state, rate_at):
         with open(path, "a" if state.step else "w", encoding="utf-8") as file:
             for step, loss, grads, batch in training:
                 squares = {name: sum(sumprod(row, row) for row in rows) for name, rows in grads.items()}
-                facts = {
-                    "step": step + 1,
-                    "documents": list(map(state.tokenizer.decode, batch)),
-                    "tokens": batch,
-                    "loss": loss,
-                    "learning_rate": rate_at(step),
-                    "gradient_norm": math.sqrt(sum(squares.values())),
-                    "tokens_so_far": state.seen + predictions(batch),
-                }
+                documents, norm = list(map(state.tokenizer.decode, batch)), math.sqrt(sum(squares.values()))
+                facts = {"step": step + 1, "documents": documents, "tokens": batch, "loss": loss,
+                         "learning_rate": rate_at(step), "gradient_norm": norm,
+                         "tokens_so_far": state.seen + predictions(batch)}
                 if step == 0:
                     facts["gradient_squares"] = squares
                 try:
@@ -1426,12 +1388,10 @@ class Parser(argparse.ArgumentParser):
 def number(kind, low, below=math.inf):
     """An argparse type: numbers n with low <= n < below."""
     def parse(text):
-        try:
+        with suppress(ValueError):
             value = kind(text)
             if low <= value < below:
                 return value
-        except ValueError:
-            pass
         what = f"a {'whole ' * (kind is int)}number from {low}" + f" to below {below}" * (below < math.inf)
         raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
 
@@ -1443,9 +1403,7 @@ def make_parser():
     parser = Parser(prog="microgpt", usage="%(prog)s [flags]", description=about, allow_abbrev=False)
     natural, size = number(int, 0, 10**12), number(int, 1, 10**9)
     real, share = number(float, 0), number(float, 0, 1)
-
-    def sizes(text):
-        return list(map(size, text.split(",")))
+    sizes = lambda text: list(map(size, text.split(",")))
 
     def flag(names, kind, default, help, **more):
         *names, metavar = names.split()
@@ -1561,7 +1519,7 @@ def check(args):
         if not path.endswith(end) or path in [args.save, *(args.corpus or ())]:
             raise UsageError(f"--{name} writes a file of its own that ends in {end}, not {path}")
     if args.save is not None and os.path.exists(args.save) and args.save != args.resume:
-        read_safetensors(args.save)  # nothing but a checkpoint is replaced
+        load_state(args.save, make_parser().parse_args)  # nothing but a checkpoint is replaced
     for path in filter(None, (args.save, args.plot, args.trace)):
         try:
             open(path + ".part", "wb").close()
@@ -1705,6 +1663,8 @@ class Signals:
         self.caught = number
         if not self.training:
             raise KeyboardInterrupt
+        if sys.stderr.isatty():
+            os.write(2, b"\nmicrogpt: finishing this step; a second time ends at once\n")
 
 class Run:
     """What a command line asks for, from the corpus to the last sample. state is that of a saved run, or None."""
@@ -1722,11 +1682,9 @@ class Run:
             state = State(config, tokenizer, weights, zeros(weights), zeros(weights), rng)
         self.state = state
         print(f"num params: {sum(map(len, chain(*state.weights.values())))}")
-        self.prompt, self.text = tokenizer.encode(args.prompt), tokenizer.encode(args.explain or "")
-        if args.stream:
-            self.prompt = self.prompt or [tokenizer.ids.get("\n", 0)]
-        else:
-            self.prompt, self.text = [tokenizer.bos, *self.prompt], [tokenizer.bos, *self.text, tokenizer.bos]
+        edge = [] if args.stream else [tokenizer.bos]
+        self.prompt = edge + tokenizer.encode(args.prompt) or [tokenizer.ids.get("\n", 0)]
+        self.text = edge + tokenizer.encode(args.explain or "") + edge
         if args.explain is not None and len(self.text) < 2:
             raise UserError("--explain needs two tokens at least")
         self.held_out = held_out and held_out_batch(tokenizer, held_out, args.stream, args.context)

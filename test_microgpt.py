@@ -28,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 import unittest.mock
@@ -1221,20 +1222,32 @@ class TestWorkers(Files):
         self.assertGone(workers)
 
     @unittest.skipUnless(hasattr(os, "fork"), "needs a worker that is a copy of this process")
-    def test_a_long_step_is_no_sign_of_death(self):
+    def test_a_long_step_is_no_sign_of_death_but_half_a_message_is(self):
         config, weights = model()
 
         def slow(*args):
             time.sleep(4.5)
             return 2.0, weights
 
+        def half(pipe, *args):
+            os.write(pipe.fileno(), b"\0\0\1\0half")  # it promises 256 bytes
+            time.sleep(60)
+
         context = partial(multiprocessing.get_context, "fork")
         with unittest.mock.patch("multiprocessing.get_context", lambda method: context()):
             with unittest.mock.patch("microgpt.loss_and_grads", slow):
                 workers = microgpt.Workers(2, "tensor", config)
-        loss, grads = workers(weights, [[1, 2], [3, 4]])
+            with unittest.mock.patch("microgpt.work", half):
+                stuck = microgpt.Workers(2, "tensor", config)
+        results = []
+        thread = threading.Thread(target=lambda: results.append(workers(weights, [[1, 2], [3, 4]])))
+        thread.start()
+        with self.assertRaisesRegex(microgpt.Halt, "^worker 1 of 2: no sign of life$"):
+            stuck(weights, [[1, 2], [3, 4]])
+        thread.join()
         workers.stop()
-        self.assertEqual((loss, grads), (2.0, weights))
+        stuck.stop()
+        self.assertEqual(results, [(2.0, weights)])
 
     @unittest.skipUnless(SEES_PROCESSES, "needs /proc")
     def test_a_resting_worker_ends_with_its_parent_too(self):
@@ -2441,6 +2454,23 @@ class TestCommandLine(Files):
         os.close(terminal)
         self.assertRegex(shown, r"\d steps/s, \d+ tokens/s, 0:\d\d left")
         self.assertNotIn(b"steps/s", done.stdout)
+
+    def test_ctrl_c_on_a_terminal_says_that_the_step_will_end(self):
+        try:
+            import pty
+        except ImportError:
+            self.skipTest("needs a pseudo-terminal")
+        terminal, end = pty.openpty()
+        command = [sys.executable, SCRIPT, "--steps", "1000000"]
+        with subprocess.Popen(command, cwd=self.folder.name, stdout=subprocess.PIPE, stderr=end) as process:
+            process.stdout.read(5000)
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
+        os.close(end)
+        shown = os.read(terminal, 100_000).decode().splitlines()
+        os.close(terminal)
+        self.assertEqual(shown[-3], "microgpt: finishing this step; a second time ends at once")
+        self.assertEqual(shown[-1], "microgpt: interrupted: nothing was saved")
 
     def test_help_names_every_group(self):
         done = self.run_script("--help")
