@@ -30,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import unittest
 import unittest.mock
 import xml.etree.ElementTree as ElementTree
@@ -2708,6 +2709,28 @@ EXERCISES = {  # number -> edits of the source, flags
 }
 
 
+# Each mistake of the porting section, in its order: what of part one is replaced, and by what.
+MISTAKES = [
+    ("zip(logs, logits, targets)) / len(targets)", "zip(logs, logits, targets))"),
+    ("encode(doc[:block_size]), bos]", "encode(doc[:block_size])]"),
+    ('engine.rmsnorm(x) if config.arch == "microgpt" else x', "x"),
+    ("[sum(map(mul, q[t][head], key[head])) / size**0.5", "[sum(map(mul, q[t][head], key[head]))"),
+    ("(sum(a * a for a in row) / len(row) + 1e-5)", "(sum(a * a for a in row) / len(row))"),
+    ("short / (1 - beta1 ** (step + 1)), eps * short", "1, eps"),
+    ("float(self.data > 0)", "1.0"),
+    ("eps = lr * short / (1 - beta1 ** (step + 1)), eps * short", "eps = lr * short / (1 - beta1 ** (step + 1)), eps"),
+    ("rate_at(step), **settings)", "rate_at(step + 1), **settings)"),
+    ("lr, beta1=0.85, beta2", "lr, beta1=0.9, beta2"),
+    ("beta1=0.85, beta2=0.99, eps", "beta1=0.85, beta2=0.999, eps"),
+    (
+        "        optimizer(weights, grads, m,",
+        "        total = grads if step == first else "
+        "{name: [list(map(plus, *both)) for both in zip(total[name], rows)] for name, rows in grads.items()}\n"
+        "        optimizer(weights, total, m,",
+    ),
+]
+
+
 class TestReadme(Files):
     def setUp(self):
         super().setUp()
@@ -2782,6 +2805,32 @@ class TestReadme(Files):
             self.assertAlmostEqual(a / b, 1, 9)
         samples = [line.split(": ")[1] for line in lines if line.startswith("sample")]
         self.assertIn("{}, {}, {}, {} and {}".format(*samples), self.section("Porting").replace("\n", " "))
+
+    def test_a_mistake_in_a_port_shows_as_it_is_told(self):
+        table = re.findall(r"^\| (\d) \| (\d+\.\d+) \| [^|]+ \|$", self.section("Porting"), re.M)
+        self.assertEqual(len(table), len(MISTAKES))
+        with open(SCRIPT, encoding="utf-8") as file:
+            source = file.read()
+        right = self.first_losses(source)
+        for (step, told), (old, new) in zip(table, MISTAKES):
+            self.assertEqual(source.count(old), 1, old)
+            losses = self.first_losses(source.replace(old, new))
+            self.assertEqual(f"{losses[int(step) - 1]:.{len(told.partition('.')[2])}f}", told, new)
+            self.assertEqual([a == b for a, b in zip(losses, right)].index(False), int(step) - 1)
+
+    def first_losses(self, source):
+        """The losses of three steps of the default run, by part one of such a microgpt.py."""
+        port = types.ModuleType("port")
+        exec(source, vars(port))
+        docs, rng = port.read_documents([os.path.join(HERE, "input.txt")]), random.Random(42)
+        rng.shuffle(docs)
+        tokenizer = port.CharTokenizer(docs)
+        config = port.Config(tokenizer.vocab_size)
+        weights = port.initial_weights(config, rng)
+        batch_at = port.document_batches(docs, tokenizer.encode, tokenizer.bos, config.block_size, 1)
+        compute, rate_at = partial(port.loss_and_grads, port.Scalar, config), lambda step: 0.01 * (1 - step / 1000)
+        training = port.train(compute, weights, port.zeros(weights), port.zeros(weights), batch_at, 3, rate_at)
+        return [loss for _, loss, _, _ in training]
 
     def test_the_exercises_fit_the_source(self):
         items = re.split(r"^\d+\. ", self.section("Exercises"), flags=re.M)[1:]
