@@ -915,15 +915,15 @@ def work(pipe, others, engine, config):
             send(None)
             time.sleep(0.5)
 
-    threading.Thread(target=live, daemon=True).start()
     gc.disable()
     try:
+        threading.Thread(target=live, daemon=True).start()
         engine = use_engine(engine)
         while True:
             batch, part, data = pipe.recv()
             loss, grads = loss_and_grads(engine, config, unpack(config, array("d", data)), batch)
             send((part * loss, array("d", [part * g for g in pack(grads)]).tobytes()))
-    except (UserError, MemoryError) as error:
+    except (UserError, MemoryError, RuntimeError) as error:  # there may be no thread for it
         send(str(error) or "there is not enough memory")
     except (EOFError, OSError):
         os._exit(1)
@@ -936,6 +936,7 @@ class Workers:
         from multiprocessing import connection, get_context  # slow to import, and few runs need it
 
         self.config, self.pipes, self.processes = config, [], []
+        self.outbox, self.inboxes = SimpleQueue(), [SimpleQueue() for _ in range(n)]
         atexit.register(self.stop)  # after that import, and so before what multiprocessing does at the end
         context = get_context("spawn" if engine == "vulkan" else None)  # a GPU does not outlive a fork
         try:
@@ -948,37 +949,38 @@ class Workers:
                 process.start()
                 self.processes.append(process)
                 theirs.close()
-        except OSError as error:
-            raise UserError(f"cannot start {n} workers: {error.strerror}") from None
+            for task in (self.send, *(partial(self.listen, i) for i in range(n))):
+                threading.Thread(target=task, daemon=True).start()
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"cannot start {n} workers: {getattr(error, 'strerror', error)}") from None
         finally:
             if hasattr(signal, "pthread_sigmask"):
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-        self.inboxes = [SimpleQueue() for _ in range(n)]
-        for i in range(n):
-            threading.Thread(target=self.listen, args=(i,), daemon=True).start()
 
     def stop(self):
         """End all workers, whatever they are at."""
+        self.outbox.put(None)
         for process in self.processes:
             process.kill()
             process.join()
 
     def __call__(self, weights, batch):
         data, n = pack(weights).tobytes(), len(self.pipes)
-
-        def send():
-            for i, pipe in enumerate(self.pipes):
-                try:
-                    pipe.send((batch[i::n], predictions(batch[i::n]) / predictions(batch), data))
-                except OSError:  # it has died, as listen() will say
-                    pass
-                except MemoryError:
-                    self.inboxes[i].put("there is not enough memory")
-
-        threading.Thread(target=send, daemon=True).start()  # for a worker that hangs takes nothing
+        for i in range(n):
+            self.outbox.put((i, (batch[i::n], predictions(batch[i::n]) / predictions(batch), data)))
         losses, grads = zip(*map(self.receive, range(n)))  # in this order, so that the sums are always the same
         grads = [array("d", part) for part in grads]
         return sum(losses), unpack(self.config, map(sum, zip(*grads)))
+
+    def send(self):
+        """Send on what is in the outbox. In a thread, as a worker that hangs takes nothing."""
+        for i, message in iter(self.outbox.get, None):
+            try:
+                self.pipes[i].send(message)
+            except OSError:  # it has died, as listen() will say
+                pass
+            except MemoryError:
+                self.inboxes[i].put("there is not enough memory")
 
     def listen(self, i):
         """Put what worker i sends in its inbox. In a thread, as it may hang in the middle of a message."""
@@ -1080,18 +1082,20 @@ def learning_rate(step, steps, lr, warmup, decay):
 # when it is whole and on the disk: at any instant there is the old file or the new one. read_safetensors
 # trusts nothing.
 
+PART = ".microgpt-part"  # ends the name of a file that is not whole yet
+
 @contextmanager
 def replacing(path):
     """A file that takes the place of path when it is whole and on the disk; until then that stays as it was."""
     try:
-        with open(path + ".part", "wb") as file:
+        with open(path + PART, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(path + ".part", path)
+        os.replace(path + PART, path)
     except OSError as error:
-        if os.path.isfile(path + ".part"):
-            os.remove(path + ".part")
+        if os.path.isfile(path + PART):
+            os.remove(path + PART)
         raise UserError(f"cannot save {path}: {error.strerror or error}") from None
 
 def write_safetensors(path, tensors, metadata):
@@ -1176,6 +1180,7 @@ def load_state(path, parse):
             parts.append(part or zeros(parts[0]))  # a file of weights alone has no moments
             need({n: (len(w), len(w[0])) for n, w in parts[-1].items()} == shapes(config), "the shapes")
         need(not tensors, "matrices that it should not have")
+        need(all(min(row) >= 0 for (row,) in rows_of(parts[2])), "a second moment below 0")
         total, number = fields["recent"]
         version, numbers, gauss = fields["random"]
         rng = random.Random()
@@ -1225,6 +1230,8 @@ def explain(config, weights, tokenizer, ids, blocks=True):
         return (whole * fill[-1] + fill[rest]).ljust(width)[:width]
 
     logits, maps = look(config, weights, ids[:-1])
+    for row in logits:
+        draw(row, 0, 0, None)  # refuses what has overflowed
     with no_grad():
         losses = [Tensor.cross_entropy(Tensor([row]), [i]).data for row, i in zip(logits, ids[1:])]
     yield f"{'token':6}{'next':6}    p   nats   bits  the five likeliest (^ is BOS, _ a space)"
@@ -1298,7 +1305,8 @@ def draw_panel(low, high, top, bottom, across, curves):
 def loss_plot(title, losses, validation, rates):
     """A training as an SVG picture. The title is any text, the others are lists of (step, value), maybe empty. The
     axis fits the usual losses: a curve beyond it runs along its edge, and a note names the worst, such as nan."""
-    raw, held_out, rate = ([p for p in points if abs(p[1]) < 1e99] for points in (losses, validation, rates))
+    raw, held_out, rate = ([(step, round(y, 99)) for step, y in points if abs(y) < 1e99]
+                           for points in (losses, validation, rates))
     usual = max(sorted(y for _, y in p)[(len(p) - 1) * 9 // 10] for p in ([(0, 0)], raw[:5], raw, held_out) if p)
     low, high = limits([y for _, y in raw + held_out if y <= 3 * usual])
     first, last = limits([step for step, _ in losses + validation + rates])
@@ -1492,9 +1500,11 @@ def parse_args(argv):
 def as_argv(args, leave_out):
     """The command line that gives these flags, but for some."""
     plain, out = vars(make_parser().parse_args([])), []
+    if args.resume and "resume" not in leave_out:
+        plain = {}  # what is not said is what the checkpoint has
     for name, value in vars(args).items():
         for each in value if isinstance(value, list) else [value]:
-            if value != plain[name] and name not in leave_out:
+            if value != plain.get(name) and each is not False and name not in leave_out:
                 out.append(f"--{name.replace('_', '-')}" + ("" if each is True else f"={each}"))
     return out
 
@@ -1514,16 +1524,19 @@ def check(args):
         raise UsageError(f"--workers {args.workers} is more than --batch-size {args.batch_size}: nothing to share")
     if (args.div_warn, args.div_crit) != (None, None):
         args.val_fraction = args.val_fraction or 0.1
-    for name, end in (("plot", ".svg"), ("trace", ".jsonl")):
-        path = getattr(args, name) or end
-        if not path.endswith(end) or path in [args.save, *(args.corpus or ())]:
-            raise UsageError(f"--{name} writes a file of its own that ends in {end}, not {path}")
-    if args.save is not None and os.path.exists(args.save) and args.save != args.resume:
+    if args.save and os.path.exists(args.save) and args.save != args.resume:
         load_state(args.save, make_parser().parse_args)  # nothing but a checkpoint is replaced
-    for path in filter(None, (args.save, args.plot, args.trace)):
+    corpus = filter(os.path.exists, find_corpus(args.corpus) if args.corpus else ())
+    taken = [os.path.realpath(path) for path in (args.save, args.resume, *corpus) if path]
+    for name, end in (("save", ""), ("plot", ".svg"), ("trace", ".jsonl")):
+        path = getattr(args, name)
+        if path is None:
+            continue
+        if not path or not path.endswith(end) or os.path.isdir(path) or end and os.path.realpath(path) in taken:
+            raise UsageError(f"--{name} needs a file of its own, {end and f'*{end}, '}not {path!r}")
         try:
-            open(path + ".part", "wb").close()
-            os.remove(path + ".part")
+            open(path + PART, "wb").close()
+            os.remove(path + PART)
         except (OSError, ValueError) as error:
             raise UserError(f"cannot save {path}: {getattr(error, 'strerror', None) or error}") from None
 
@@ -1796,7 +1809,8 @@ def main(argv=None):
     """Run the command line. Returns its exit status."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # None: closed from the start
-        stream.reconfigure(errors="backslashreplace")  # a character that a terminal lacks must not end a run
+        if hasattr(stream, "reconfigure"):  # a character that a terminal lacks must not end a run
+            stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, stream)
     signals, message, status = Signals(), None, 0
     gc.disable()  # nothing here makes reference cycles, so the collector would find nothing
@@ -1821,6 +1835,7 @@ def main(argv=None):
             message = f"error: cannot write the output: {error.strerror}"
     except MemoryError:
         message, status = "error: there is not enough memory for this corpus and model", 1
+    signals.caught, signals.training = 0, argv is None  # at the end of the program a signal changes nothing
     if message:
         message = "".join(char if char.isprintable() else " " for char in f"microgpt: {message}")
         try:

@@ -12,6 +12,7 @@ reference's names, for the run that must come out the same, and the yardstick, w
 """
 
 import cmath
+import contextlib
 import errno
 import gc
 import io
@@ -1163,6 +1164,18 @@ class TestWorkers(Files):
                 microgpt.Workers(2, "tensor", config)
         started[0].kill()
         started[0].join()
+        with unittest.mock.patch("threading.Thread.start", side_effect=RuntimeError("can't start new thread")):
+            with self.assertRaisesRegex(UserError, "^cannot start 2 workers: can't start new thread$"):
+                microgpt.Workers(2, "tensor", config)
+
+    @unittest.skipIf(os.name == "nt", "needs POSIX signals")
+    def test_a_signal_while_workers_are_stopped_at_the_end_changes_nothing(self):
+        code = f"import os, signal, sys; sys.path.insert(0, {HERE!r}); import microgpt\nstop = microgpt.Workers.stop\n"
+        code += "def interrupted(self):\n    os.kill(os.getpid(), signal.SIGTERM)\n    stop(self)\n"
+        code += "microgpt.Workers.stop = interrupted\nsys.exit(microgpt.main())"
+        flags = "--steps", "2", "--samples", "1", "--workers", "2", "--batch-size", "2"
+        done = self.run_script(*flags, script=self.file("driver.py", code))
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
 
     @unittest.skipUnless(hasattr(os, "fork"), "needs POSIX signals")
     def test_a_signal_while_workers_start_is_not_lost(self):
@@ -1427,6 +1440,14 @@ class TestCheckpoints(Files):
         self.assertEqual(re.findall(r"step +(\d+) /", out), ["4", "5"])
         state, flags = load(self.path)
         self.assertEqual((state.step, flags.steps, flags.lr), (5, 5, 0.5))
+
+    def test_a_second_moment_below_0_is_refused(self):
+        self.saved()
+        state, _ = load(self.path)
+        state.v["wte"][0][0] = -1e-9
+        state.save(self.path, [])
+        with self.assertRaisesRegex(UserError, "second moment"):
+            load(self.path)
 
     def test_saving_goes_elsewhere_if_told_so(self):
         content, other = self.saved(), os.path.join(self.folder.name, "other.safetensors")
@@ -1837,6 +1858,9 @@ class TestExplain(Files):
                 self.assertAlmostEqual(sum(row), 1, 12)
                 self.assertGreater(min(row), 0)
 
+    def test_numbers_that_have_overflowed_are_one_line(self):
+        self.assertRefused(1, "overflowed", "--steps", "1", "--lr", "1e308", "--samples", "0", "--explain", "emma")
+
     def test_the_logits_are_those_of_training(self):
         for arch in ("microgpt", "gpt2"):
             config, weights = model(arch)
@@ -2151,7 +2175,7 @@ class TestPlot(Files):
         done = self.run_script(*flags, "--samples", "0", "--plot", path)
         self.assertEqual(done.returncode, status, done.stderr)
         self.assertRegex(done.stderr, errors)
-        self.assertFalse(os.path.exists(path + ".part"))
+        self.assertFalse(os.path.exists(path + microgpt.PART))
         with open(path, encoding="utf-8") as file:
             return ElementTree.fromstring(file.read()), done
 
@@ -2188,11 +2212,30 @@ class TestPlot(Files):
     def test_a_plot_or_a_trace_never_takes_the_place_of_something_else(self):
         path = self.file("names.txt", "emma\n")
         for name in ("--plot", "--trace"):
-            self.assertRefused(2, "ends in", "--corpus", path, name, path)
+            self.assertRefused(2, "of its own", "--corpus", path, name, path)
         self.assertRefused(1, "cannot save", "--corpus", path, "--plot", "nowhere/a.svg")
         path = self.file("names.jsonl", "emma\n")
         self.assertRefused(2, "of its own", "--corpus", path, "--trace", path)
         self.assertRefused(2, "of its own", "--corpus", path, "--plot", "a.svg", "--save", "a.svg")
+        self.run_script("--corpus", path, "--steps", "1", "--samples", "0", "--save", "b.svg")
+        self.assertRefused(2, "of its own", "--resume", "b.svg", "--save", "c", "--plot", "b.svg")
+        if hasattr(os, "symlink"):
+            os.symlink(path, os.path.join(self.folder.name, "link.jsonl"))
+        for corpus, trace in ((path, "./names.jsonl"), ("*.jsonl", "names.jsonl"), ("link.jsonl", "names.jsonl")):
+            self.assertRefused(2, "of its own", "--corpus", corpus, "--trace", trace)
+        self.assertRefused(2, "of its own", "--corpus", path, "--save", "new.jsonl", "--trace", "./new.jsonl")
+        os.mkdir(os.path.join(self.folder.name, "folder.svg"))
+        self.assertRefused(2, "of its own", "--corpus", path, "--plot", "folder.svg")
+        for name in ("--save", "--plot", "--trace"):
+            self.assertRefused(2, "of its own", "--corpus", path, name, "")
+        other = self.file("d.svg.part", "precious")
+        self.assertEqual(self.run_script("--corpus", path, "--steps", "1", "--plot", "d.svg").returncode, 0)
+        with open(other, encoding="utf-8") as file:
+            self.assertEqual(file.read(), "precious")
+
+    def test_a_learning_rate_of_next_to_nothing_is_drawn(self):
+        for rate in (1e-323, 1e-200, 1e-90):
+            self.inside(Picture("t", noisy(9), [], [(i, rate) for i in range(1, 10)]))
 
     def test_numbers_are_short(self):
         picture = Picture("t", noisy(1000), noisy(1000)[::50], [(i, 1 / 3 / i) for i in range(1, 1001)])
@@ -2481,6 +2524,11 @@ class TestCommandLine(Files):
         self.assertIn("so many % above training (20)", " ".join(done.stdout.split()))
         self.assertNotRegex(done.stdout, "object at")
 
+    def test_main_writes_to_whatever_stdout_is(self):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            self.assertEqual(microgpt.main(["--steps", "1", "--samples", "1"]), 0)
+        self.assertIn("sample  1: ", out.getvalue())
+
     def test_importing_runs_nothing(self):
         done = subprocess.run(
             [sys.executable, "-c", "import microgpt"], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -2660,6 +2708,15 @@ class TestAutotune(Files):
         rows = out.decode().partition("tokens/s\n")[2].splitlines()
         self.assertTrue(2 <= len(rows) < 18, rows)
         self.assertRegex(rows[-1], "microgpt.py.* --steps=1")
+
+    def test_a_saved_run_is_tuned_with_the_flags_that_replace_its_own(self):
+        flags = self.flags[:2], "--steps 1 --samples 0 --batch-size 2 --optimizer sgd --save a.safetensors".split()
+        self.assertEqual(self.run_script(*chain(*flags)).returncode, 0)
+        more = "--resume a.safetensors --optimizer adam --batch-sizes 1 --worker-counts 1".split()
+        _, command = self.tune(*more, limit=0.5)
+        self.assertLess(
+            {"--optimizer=adam", "--batch-size=1", "--workers=1", "--resume=a.safetensors"}, set(shlex.split(command))
+        )
 
     def test_wrong_choices_are_one_line(self):
         for wrong in ("0", "a", "1,,2", "", "1.5", "-1", "1 2"):
