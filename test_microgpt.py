@@ -38,7 +38,7 @@ import xml.etree.ElementTree as ElementTree
 from array import array
 from collections import Counter
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from operator import mul
 
 import microgpt
@@ -178,6 +178,13 @@ class TestDataset(Files):
             self.assertRegex(name, "^[a-z]{2,15}$")
         with open(path, "rb") as file:
             self.assertEqual(file.read(), "".join(name + "\n" for name in docs).encode())
+
+    def test_windows_of_a_stream_depend_on_the_seed_and_the_step_alone(self):
+        one, same, other = (microgpt.stream_batches(range(10**6), list, 3, 2, seed) for seed in (1, 1, 2))
+        one(3)
+        self.assertEqual(one(7), same(7))
+        self.assertNotEqual(one(7), one(8))
+        self.assertNotEqual(one(7), other(7))
 
 
 # 2. Characters --------------------------------------------------------------------------------------------
@@ -447,6 +454,35 @@ class TestOperations(Test):
             self.assertEqual(before[:3], after[:3])
             self.assertNotEqual(before[3:], after[3:])
 
+    def test_attention_in_several_blocks_against_its_spelling_in_values(self):
+        rng, lengths = random.Random(5), [70, 3, 33]  # Tensor goes by blocks of 32
+        qkv = [normal(rng, sum(lengths), 4) for _ in range(3)]
+        f = lambda engine, q, k, v: engine.attention(q, k, v, lengths, [([], []) for _ in lengths], 2)
+        (wanted, wanted_grads), (got, grads) = gradients(Scalar, f, qkv), gradients(Tensor, f, qkv)
+        self.assertClose(got, wanted)
+        for a, b in zip(grads, wanted_grads):
+            self.assertClose(a, b)
+
+    def test_relu_is_flat_at_0(self):
+        for engine in (Scalar, Tensor):
+            for zero in (0.0, -0.0):
+                got, (grad,) = gradients(engine, lambda engine, x: engine.relu(x), [[[zero, 1.0]]])
+                self.assertEqual((flat(got), grad[0][0]), ([0.0, 1.0], 0.0))
+
+    def test_attention_survives_large_scores(self):
+        for engine in (Scalar, Tensor):
+            with microgpt.no_grad():
+                q, v = engine.wrap({0: [[100.0], [100.0]], 1: [[1.0], [2.0]]}).values()
+                out = engine.floats(engine.attention(q, q, v, [2], [([], [])], 1))
+            self.assertClose(out, [[1.0], [1.5]])
+
+    def test_the_gradient_behind_a_relu_is_sparse(self):
+        w = Tensor.wrap({0: [[1.0, -1.0]], 1: [[2.0, 3.0]]})
+        h = Tensor.relu(w[0])
+        out = Tensor.linear(h, w[1])
+        microgpt.backward(Tensor(0.0, lambda g: out.receive([[1.0]])))
+        self.assertEqual((h.grad, type(h.grad[0])), ([[2.0, 0.0]], microgpt.SparseRow))
+
 
 # 5. GPT ---------------------------------------------------------------------------------------------------
 
@@ -568,6 +604,14 @@ class TestGPT(Test):
                 self.assertEqual(microgpt.tape, [])
                 self.assertTrue(microgpt.recording)
 
+    def test_gpt2_begins_with_gains_of_1_and_biases_of_0_and_the_matrices_of_microgpt(self):
+        rngs = random.Random(42), random.Random(42)
+        lean, full = (microgpt.initial_weights(Config(5, 2, 4, 2, 3, a), r) for a, r in zip(("microgpt", "gpt2"), rngs))
+        self.assertEqual({name: full[name] for name in lean}, lean)
+        self.assertEqual(*(rng.random() for rng in rngs))
+        for name in full.keys() - lean.keys():
+            self.assertEqual(set(flat(full[name])), {0.0 if name.endswith(".bias") else 1.0}, name)
+
 
 # 6 and 7. Adam and training -------------------------------------------------------------------------------
 
@@ -664,6 +708,10 @@ class TestSampling(Test):
     def test_a_context_of_one_works(self):
         config, weights = model(block_size=1)
         self.assertEqual(len(list(microgpt.sample(Tensor, config, weights, [1, 2], 5))), 5)
+
+    def test_top_k_keeps_the_equals_of_the_last(self):
+        rng = random.Random(6)
+        self.assertEqual({microgpt.draw([1.0, 2.0, 1.0, 0.0], 3.0, 2, rng) for _ in range(500)}, {0, 1, 2})
 
 
 # 10. Subwords ---------------------------------------------------------------------------------------------
@@ -896,7 +944,7 @@ class TestVulkan(Files):
     def test_every_call_that_fails_is_one_error_that_names_it(self):
         real = vulkan_gemm.Vulkan._checked
         calls = [name for name, kind, _ in re.findall(r"(\w+)([=:])(\w+)", vulkan_gemm.FUNCTIONS) if kind == "="]
-        self.assertIn("vkQueueSubmit", calls)
+        failed = set()
         for name, code, words in [(name, -2, "OUT_OF_DEVICE_MEMORY") for name in calls] + [
             ("vkQueueSubmit", -4, "DEVICE_LOST")
         ]:
@@ -917,6 +965,8 @@ class TestVulkan(Files):
                         gpu.matmul([[1.0]], [[1.0]])
                 except vulkan_gemm.VulkanError as error:
                     self.assertRegex(str(error), f"^{name}: VK_ERROR_{words}[^\n]*$")
+                    failed.add(name)
+        self.assertGreater(len(failed), len(calls) - 6)  # a few are made on some machines alone
         with vulkan_gemm.VulkanGemm() as gpu:
             self.assertEqual(gpu.matmul([[2.0]], [[3.0]]), [[6.0]])
 
@@ -1270,6 +1320,19 @@ class TestWorkers(Files):
         process.wait(timeout=5)
         self.assertGone(workers)
 
+    @unittest.skipUnless(hasattr(os, "fork"), "needs a worker that is a copy of this process")
+    def test_what_goes_wrong_in_a_worker_is_told(self):
+        config, weights = model()
+        halt = microgpt.Halt("the GPU cannot go on")
+        context = partial(multiprocessing.get_context, "fork")
+        for error, message in ((halt, str(halt)), (MemoryError(), "there is not enough memory")):
+            with unittest.mock.patch("multiprocessing.get_context", lambda method: context()):
+                with unittest.mock.patch("microgpt.loss_and_grads", side_effect=error):
+                    workers = microgpt.Workers(2, "tensor", config)
+            with self.assertRaisesRegex(microgpt.Halt, f"^worker 1 of 2: {message}"):
+                workers(weights, [[1, 2], [3, 4]])
+            workers.stop()
+
 
 # 14. Optimizers -------------------------------------------------------------------------------------------
 
@@ -1364,6 +1427,14 @@ class TestOptimizers(Test):
         self.assertAlmostEqual(rate("cosine", 109), 0.25 * (1 + math.cos(math.pi * 0.99)), 12)
         self.assertAlmostEqual(rate("constant", 109), 0.5, 12)
 
+    def test_clipping_goes_by_the_norm_of_all_gradients_together(self):
+        seen = []
+        optimizer = microgpt.clipped(lambda weights, grads, *args, **settings: seen.append(grads), 2.0)
+        optimizer(None, {"a": [[2.0, 0.0], [0.0, -3.0]], "b": [[6.0]]})  # its norm is 7
+        self.assertClose(seen[0], [[4 / 7, 0.0, 0.0, -6 / 7, 12 / 7]], 1e-12)
+        optimizer(None, {"a": [[1.5]], "b": [[1.5]]})  # none of them is above the limit, together they are
+        self.assertAlmostEqual(math.hypot(*flat(seen[1])), 2.0, 12)
+
 
 # 15. Checkpoints ------------------------------------------------------------------------------------------
 
@@ -1457,7 +1528,7 @@ class TestCheckpoints(Files):
         self.assertEqual(load(other)[0].step, 5)
         os.remove(other)
         self.main("--resume", self.path, "--samples", "1", "--save", other)  # a finished run has no step to save
-        self.assertEqual(load(other)[0].weights, load(self.path)[0].weights)
+        self.assertTrue(load(other)[0].weights == load(self.path)[0].weights)
 
     def test_initial_weights_are_saved_by_no_steps(self):
         self.saved("--steps", "0")
@@ -1694,9 +1765,16 @@ class TestCheckpoints(Files):
 
     def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(self):
         content = self.saved()
-        status, out, errors = self.main("--resume", self.path, "--steps", "9", "--lr", "1e300", "--save-every", "1")
-        self.assertEqual((status, errors.count("\n")), (1, 1))
-        load(self.path)
+        flags = "--steps", "9", "--schedule", "constant", "--save-every", "1"
+        overflow = "--optimizer adamw --weight-decay 1e9 --lr 1e300".split()
+        status, _, errors = self.main("--resume", self.path, *flags, *overflow)
+        self.assertEqual(status, 1)
+        self.assertRegex(errors, "^microgpt: error: the weights have overflowed after step 4")
+        with open(self.path, "rb") as file:
+            self.assertEqual(file.read(), content)
+        status, _, errors = self.main("--resume", self.path, *flags, "--lr", "1e300")
+        self.assertRegex(errors, "^microgpt: error: the weights have overflowed after step 5")
+        self.assertEqual((status, load(self.path)[0].step), (1, 4))
 
     def test_a_million_weights_are_saved_and_loaded_in_about_a_second(self):
         config = Config(50, 5, 128, 4, 64)
@@ -1710,7 +1788,7 @@ class TestCheckpoints(Files):
         middle = time.perf_counter()
         loaded, _ = load(self.path)
         self.assertLess(max(middle - start, time.perf_counter() - middle), 3)
-        self.assertEqual(loaded.weights, weights)
+        self.assertTrue(loaded.weights == weights)
 
     def start(self, *flags):
         """A long run as a process that has begun to train."""
@@ -1791,17 +1869,79 @@ class TestCheckpoints(Files):
         status, out, errors = self.main("--resume", self.path, "--steps", steps, "--samples", "0")
         self.assertEqual((status, errors, out.count("loss")), (0, "", 2))
 
+    def test_a_checkpoint_is_on_the_disk_before_it_takes_its_place(self):
+        path, sizes = self.file("a", "old"), []
+        with unittest.mock.patch("os.fsync", lambda _: sizes.append(os.path.getsize(path + microgpt.PART))):
+            with microgpt.replacing(path) as file:
+                file.write(b"whole")
+        self.assertEqual(sizes, [5])
+
+    def test_matrices_that_no_model_has_are_refused(self):
+        def more(header):
+            end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+            return {**header, "stray": {"dtype": "F64", "shape": [1, 1], "data_offsets": [end, end + 8]}}
+
+        content = self.rewritten(more) + bytes(8)
+        with self.assertRaisesRegex(UserError, "matrices that it should not have"):
+            load(self.file("run.safetensors", content))
+
+    def test_a_resumed_run_averages_from_the_last_validation_on(self):
+        flags = "--steps 9 --eval-every 4 --save-every 6 --val-fraction 0.1 --div-warn 1e9 --samples 0".split()
+        copies, write = [], microgpt.write_safetensors
+
+        def write_and_copy(path, tensors, metadata):
+            write(path, tensors, metadata)
+            with open(path, "rb") as file:
+                copies.append(file.read())
+
+        with unittest.mock.patch("microgpt.write_safetensors", write_and_copy):
+            _, whole, _ = self.main(*flags, "--save", self.path)
+        status, rest, errors = self.main("--resume", self.file("part.safetensors", copies[0]))
+        judged = lambda out: re.findall(r"step[^\r\n]*validation[^\n]*", out)
+        self.assertEqual((status, errors), (0, ""))
+        self.assertEqual(judged(rest), judged(whole)[1:])
+
+    def test_every_flag_of_the_model_is_held_to(self):
+        self.saved()
+        model = "--layers 2", "--d-model 32", "--heads 2", "--context 8", "--arch gpt2", "--vocab-size 5", "--stream"
+        for flags in model:
+            status, _, errors = self.main("--resume", self.path, *flags.split())
+            self.assertEqual((status, errors.count("\n")), (2, 1), flags)
+            self.assertRegex(errors, f"^microgpt: error: {flags.split()[0]} .* contradicts ")
+
+    def test_signals_that_were_ignored_stay_ignored(self):
+        for number in microgpt.STOPS:
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signals = microgpt.Signals()
+        self.assertEqual(signal.getsignal(signal.SIGINT), signal.SIG_IGN)
+        self.assertEqual(signal.getsignal(signal.SIGTERM), signals.catch)
+
+    def test_a_resumed_run_reads_its_corpus_again_unless_it_is_given_another(self):
+        self.saved()
+        corpus = lambda *flags: microgpt.parse_args(["--resume", self.path, *flags])[0].corpus
+        self.assertEqual((corpus(), corpus("--corpus", "b.txt")), ([self.corpus], ["b.txt"]))
+
 
 # 16. Looking inside ---------------------------------------------------------------------------------------
 
 
 def by_hand(config, weights, ids):
-    """Probabilities and attention shares of a microgpt, position after position, in loops and sums alone."""
-    def product(name, x):
-        return [sum(a * b for a, b in zip(row, x)) for row in weights[name]]
+    """Probabilities and attention shares of a model, position after position, in loops and sums alone."""
+    gpt2 = config.arch == "gpt2"
 
-    def norm(x):
-        return [a / math.sqrt(sum(b * b for b in x) / len(x) + 1e-5) for a in x]
+    def product(name, x):
+        biases = weights[name + ".bias"][0] if gpt2 else repeat(0.0)
+        return [sum(a * b for a, b in zip(row, x)) + bias for row, bias in zip(weights[name], biases)]
+
+    def norm(x, name=""):
+        mean = sum(x) / len(x) if gpt2 else 0.0
+        x = [(a - mean) / math.sqrt(sum((b - mean) ** 2 for b in x) / len(x) + 1e-5) for a in x]
+        return [a * g + b for a, g, b in zip(x, *weights[name], *weights[name + ".bias"])] if gpt2 else x
+
+    def activation(a):
+        soft = a / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)))
+        return soft if gpt2 else max(0, a)
 
     def shares_of(scores):
         exps = [math.exp(a) for a in scores]
@@ -1811,9 +1951,11 @@ def by_hand(config, weights, ids):
     past = [([], []) for _ in range(config.n_layer)]
     probabilities, maps = [], [[[] for _ in range(config.n_head)] for _ in range(config.n_layer)]
     for t, i in enumerate(ids):
-        x = norm([a + b for a, b in zip(weights["wte"][i], weights["wpe"][t])])
+        x = [a + b for a, b in zip(weights["wte"][i], weights["wpe"][t])]
+        x = x if gpt2 else norm(x)
         for layer, (keys, values) in enumerate(past):
-            q, k, v = (product(f"layer{layer}.attn_w{letter}", norm(x)) for letter in "qkv")
+            h = norm(x, f"layer{layer}.ln1")
+            q, k, v = (product(f"layer{layer}.attn_w{letter}", h) for letter in "qkv")
             keys.append(k)
             values.append(v)
             y = []
@@ -1823,9 +1965,9 @@ def by_hand(config, weights, ids):
                 maps[layer][head].append(shares)
                 y += [sum(share * value[c] for share, value in zip(shares, values)) for c in channels]
             x = [a + b for a, b in zip(x, product(f"layer{layer}.attn_wo", y))]
-            h = [max(0, a) for a in product(f"layer{layer}.mlp_fc1", norm(x))]
+            h = list(map(activation, product(f"layer{layer}.mlp_fc1", norm(x, f"layer{layer}.ln2"))))
             x = [a + b for a, b in zip(x, product(f"layer{layer}.mlp_fc2", h))]
-        probabilities.append(shares_of(product("lm_head", x)))
+        probabilities.append(shares_of(product("lm_head", norm(x, "ln_f") if gpt2 else x)))
     return probabilities, maps
 
 
@@ -1841,14 +1983,18 @@ class TestExplain(Files):
         return list(microgpt.explain(self.config, self.weights, self.tokenizer, ids or self.ids, **settings))
 
     def test_what_it_looks_at_is_what_a_computation_by_hand_finds(self):
-        logits, maps = microgpt.look(self.config, self.weights, self.ids[:-1])
-        probabilities, by_hand_maps = by_hand(self.config, self.weights, self.ids[:-1])
-        self.assertClose(list(map(microgpt.softmax, logits)), probabilities)
-        self.assertEqual((len(maps), len(maps[0])), (2, 4))
-        for got, wanted in zip(sum(maps, []), sum(by_hand_maps, [])):
-            self.assertEqual(list(map(len, got)), [1, 2, 3, 4, 5, 6])
-            self.assertClose(got, wanted)
-        self.assertGreater(max(abs(a - 1 / 6) for a in maps[1][2][5]), 0.1)  # it is not all the same
+        ids = [10, 0, 3, 3, 7, 1]
+        for arch in ("microgpt", "gpt2"):
+            config, weights = model(arch, n_head=4)
+            weights = {name: [[2 * a for a in row] for row in rows] for name, rows in weights.items()}
+            logits, maps = microgpt.look(config, weights, ids)
+            probabilities, by_hand_maps = by_hand(config, weights, ids)
+            self.assertClose(list(map(microgpt.softmax, logits)), probabilities)
+            self.assertEqual((len(maps), len(maps[0])), (2, 4))
+            for got, wanted in zip(sum(maps, []), sum(by_hand_maps, [])):
+                self.assertEqual(list(map(len, got)), [1, 2, 3, 4, 5, 6])
+                self.assertClose(got, wanted)
+            self.assertGreater(max(abs(a - 1 / 6) for a in maps[1][2][5]), 0.1)  # it is not all the same
 
     def test_every_row_of_every_map_adds_up_to_1(self):
         for arch in ("microgpt", "gpt2"):
@@ -1945,6 +2091,14 @@ class TestExplain(Files):
         done = self.assertRefused(1, "'x'", "--explain", "x")
         self.assertNotIn("loss", done.stdout)
         self.assertRefused(1, "two tokens", "--stream", "--context", "4", "--explain", "e")
+
+    def test_a_text_longer_than_the_context_is_explained_up_to_there(self):
+        self.file("input.txt", "emma\nolivia\nava\n")
+        done = self.run_script("--steps", "1", "--samples", "0", "--context", "4", "--explain", "emmaava")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        lines = done.stdout[done.stdout.index("token next") :].splitlines()
+        self.assertEqual([line.split()[:2] for line in lines[1:5]], [["^", "e"], ["e", "m"], ["m", "m"], ["m", "a"]])
+        self.assertTrue(lines[5].startswith("mean"))
 
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -2242,6 +2396,15 @@ class TestPlot(Files):
         for e in picture.root.iter(SVG + "polyline"):
             self.assertRegex(e.get("points"), r"^(\d+\.\d,\d+\.\d ?)+$")
 
+    def test_the_plotted_rates_are_those_of_the_steps(self):
+        path, seen = self.file("a.txt", "emma\nolivia\nava\n"), []
+        args, _ = microgpt.parse_args(["--corpus", path, "--steps", "4", "--lr", "0.4", "--plot", path + ".svg"])
+        draw = lambda title, losses, validation, rates: str(seen.extend(rates))
+        with unittest.mock.patch("sys.stdout", io.StringIO()), unittest.mock.patch("microgpt.loss_plot", draw):
+            microgpt.Run(args, None, unittest.mock.Mock(caught=0)).train()
+        self.assertEqual([step for step, _ in seen], [1, 2, 3, 4])
+        self.assertClose([[rate for _, rate in seen]], [[0.4, 0.3, 0.2, 0.1]])
+
 
 class TestTrace(Files):
     def setUp(self):
@@ -2317,7 +2480,8 @@ class TestTrace(Files):
         self.assertRegex(done.stderr, r"^microgpt: error: cannot write .*run.jsonl: File too large; step \d+ is saved in a")
         self.run_script(*flags, "b.safetensors", "--steps", re.search(r"step (\d+) is saved", done.stderr).group(1))
         first, second = [load(os.path.join(self.folder.name, name))[0] for name in ("a.safetensors", "b.safetensors")]
-        self.assertEqual((first.step, first.weights, first.m), (second.step, second.weights, second.m))
+        self.assertEqual(first.step, second.step)
+        self.assertTrue((first.weights, first.m) == (second.weights, second.m))
 
 
 # 17. The command line -------------------------------------------------------------------------------------
@@ -2373,9 +2537,11 @@ class TestCommandLine(Files):
             self.assertEqual(*runs)
 
     def test_both_spellings_of_a_flag(self):
-        a = self.run_script("--steps", "2", "--d-model", "8", "--context", "4", "--samples", "1")
-        b = self.run_script("--steps", "2", "--n-embd", "8", "--block-size", "4", "--samples", "1")
-        self.assertEqual((a.stdout, a.returncode), (b.stdout, 0))
+        for flags in (["--d-model", "8", "--context", "4"], ["--n-embd", "8", "--block-size", "4"]):
+            args, _ = microgpt.parse_args(flags)
+            self.assertEqual((args.d_model, args.context), (8, 4))
+        self.assertEqual(microgpt.parse_args(["--cosine", "--vulkan"])[0].schedule, "cosine")
+        self.assertEqual(microgpt.parse_args(["--cosine", "--vulkan"])[0].engine, "vulkan")
 
     def test_a_seed_gives_the_same_run_and_another_seed_another(self):
         runs = [self.run_script("--steps", "2", "--samples", "2", "--seed", seed).stdout for seed in "112"]
@@ -2519,7 +2685,7 @@ class TestCommandLine(Files):
     def test_help_names_every_group(self):
         done = self.run_script("--help")
         self.assertEqual((done.returncode, done.stderr), (0, ""))
-        for group in ("data:", "model:", "training:", "watching:", "sampling:", "engine:"):
+        for group in ("data:", "model:", "training:", "watching:", "keeping:", "sampling:", "engine:"):
             self.assertIn("\n" + group + "\n", done.stdout)
         self.assertIn("so many % above training (20)", " ".join(done.stdout.split()))
         self.assertNotRegex(done.stdout, "object at")
@@ -2639,6 +2805,113 @@ class TestCommandLine(Files):
         self.assertEqual(sorted(os.listdir(self.folder.name)), ["input.txt", "served.txt"])
         with open(os.path.join(self.folder.name, "input.txt"), encoding="utf-8") as file:
             self.assertEqual(file.read(), names)
+
+    def test_vulkan_hands_the_products_back(self):
+        fake = lambda: ("matmul", "matmuls")
+        with unittest.mock.patch("microgpt.gpu_products", fake):
+            try:
+                microgpt.use_engine("vulkan")
+                self.assertEqual(microgpt.matmul, "matmul")
+            finally:
+                microgpt.use_engine("tensor")
+        self.assertIs(microgpt.matmul, microgpt.plain_matmul)
+        self.assertIs(microgpt.matmuls, microgpt.plain_matmuls)
+
+    def test_a_gpu_that_is_lost_leaves_a_checkpoint(self):
+        driver = self.file(
+            "driver.py",
+            f"import sys, types\nsys.path.insert(0, {HERE!r})\nimport microgpt, vulkan_gemm\ncalls = iter(range(200))\n"
+            "def offload(gpu, matmul, matmuls):\n    def lost(*args, **settings):\n        if next(calls, None) is None:\n"
+            "            raise vulkan_gemm.VulkanError('the device is lost')\n        return matmul(*args, **settings)\n"
+            "    return lost, matmuls\nvulkan_gemm.offload = offload\n"
+            "vulkan_gemm.VulkanGemm = lambda: types.SimpleNamespace(close=lambda: None)\nsys.exit(microgpt.main())\n",
+        )
+        done = self.run_script("--vulkan", "--save", "a.safetensors", script=driver)
+        self.assertEqual((done.returncode, done.stderr.count("\n")), (1, 1), done.stderr)
+        line = r"^microgpt: error: the GPU cannot go on: the device is lost; step (\d+) is saved in a.safetensors\n$"
+        self.assertRegex(done.stderr, line)
+        state, _ = load(os.path.join(self.folder.name, "a.safetensors"))
+        self.assertEqual(str(state.step), re.match(line, done.stderr).group(1))
+
+    def test_what_the_flags_say_reaches_the_training(self):
+        corpus, seen = self.file("input.txt", "emma\nolivia\nava\n"), []
+
+        def optimizer(weights, grads, m, v, step, lr, **settings):
+            seen.append((lr, settings, math.hypot(*flat(grads))))
+
+        flags = "--beta1 0.5 --beta2 0.6 --eps 0.1 --weight-decay 0.2 --lr 0.3 --schedule constant --clip-grad 0.01"
+        args, state = microgpt.parse_args(["--corpus", corpus, "--steps", "1", *flags.split()])
+        output = unittest.mock.patch("sys.stdout", io.StringIO())
+        with unittest.mock.patch.dict(microgpt.OPTIMIZERS, adam=optimizer), output:
+            microgpt.Run(args, state, unittest.mock.Mock(caught=0)).train()
+        ((lr, settings, norm),) = seen
+        self.assertEqual((lr, settings), (0.3, {"beta1": 0.5, "beta2": 0.6, "eps": 0.1, "weight_decay": 0.2}))
+        self.assertAlmostEqual(norm, 0.01, 12)
+
+    def test_the_loss_beside_a_validation_is_the_mean_since_the_one_before(self):
+        flags = "--steps 7 --eval-every 3 --val-fraction 0.1 --div-warn 1e9"
+        losses, out = self.losses(*flags.split())
+        losses = list(map(float, losses))
+        told = list(map(float, re.findall(r"loss (\S+) on average", out)))
+        self.assertEqual(len(told), 3)
+        for mean, part in zip(told, (losses[:3], losses[3:6], losses[6:])):
+            self.assertAlmostEqual(mean, statistics.mean(part), delta=1.01e-4)
+
+    def test_a_run_validates_on_what_it_does_not_train_on(self):
+        path = self.file("a.txt", "\n".join("abcdefghij"))
+        args, _ = microgpt.parse_args(["--corpus", path, "--val-fraction", "0.3"])
+        with unittest.mock.patch("sys.stdout", io.StringIO()):
+            run = microgpt.Run(args, None, None)
+        held_out = list(map(run.state.tokenizer.decode, run.held_out))
+        self.assertEqual((len(held_out), sorted(run.docs + held_out)), (3, list("abcdefghij")))
+
+    def test_the_gap_that_warns_and_the_gap_that_stops(self):
+        for flags, held_out, expected in (
+            ("", 2.38, (False, False)),
+            ("", 2.42, (True, False)),
+            ("--div-warn 50", 2.98, (False, False)),
+            ("--div-warn 50", 3.02, (True, False)),
+            ("--div-warn 0", 2.02, (True, False)),
+            ("--div-crit 50", 2.98, (True, False)),
+            ("--div-crit 50", 3.02, (False, True)),
+            ("--div-crit 0 --div-warn 0", 1.98, (False, False)),
+        ):
+            args, stopped = microgpt.parse_args(flags.split())[0], False
+            out, errors = io.StringIO(), io.StringIO()
+            with unittest.mock.patch("sys.stdout", out), unittest.mock.patch("sys.stderr", errors):
+                try:
+                    microgpt.judge(args, 7, 2.0, held_out)
+                except microgpt.Halt:
+                    stopped = True
+            self.assertEqual(("warning" in errors.getvalue(), stopped), expected, (flags, held_out))
+
+    def test_samples_on_the_way_leave_the_last_samples_as_they_were(self):
+        flags = "--steps", "6", "--samples", "3"
+        runs = [self.run_script(*flags, *more).stdout for more in ([], ["--gen-every", "2"])]
+        self.assertEqual(*(out[out.index("--- inference") :] for out in runs))
+
+    def test_top_k_and_temperature_reach_the_samples(self):
+        self.file("input.txt", "emma\nolivia\nava\nnoah\nliam\n")
+
+        def samples(*flags):
+            out = self.run_script("--steps", "1", "--samples", "4", *flags).stdout
+            return re.findall("^sample +[0-9]+: (.*)$", out, re.M)
+
+        self.assertEqual(len(set(samples("--top-k", "1"))), 1)
+        self.assertEqual(len(set(samples("--temperature", "0"))), 1)
+        self.assertNotEqual(samples("--temperature", "2"), samples())
+
+    def test_what_a_sample_goes_on_from(self):
+        path = self.file("a.txt", "\tb\na\n")
+        for flags, prompt in (
+            ("", [2]),
+            ("--prompt b", [2, 1]),
+            ("--stream", [1]),
+            ("--stream --prompt b", [3]),
+        ):
+            args, _ = microgpt.parse_args(["--corpus", path, *flags.split()])
+            with unittest.mock.patch("sys.stdout", io.StringIO()):
+                self.assertEqual(microgpt.Run(args, None, None).prompt, prompt, flags)
 
 
 class TestAutotune(Files):
