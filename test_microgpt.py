@@ -3279,7 +3279,7 @@ BENCHMARKS = [  # what, against what, rounds, and what makes the two functions t
         lambda: [step(2, workers=n, batch_size=8, stream=True, **MEDIUM) for n in (2, 1)],
     ),
     (
-        "the same with layers of 128, `--vulkan`",
+        "the same in one process with layers of 128, `--vulkan`",
         "plain Python",
         3,
         lambda: [step(1, name, 1, 8, True, **{**MEDIUM, "n_embd": 128}) for name in ("vulkan", "tensor")],
