@@ -940,7 +940,7 @@ class Workers:
         atexit.register(self.stop)  # after that import, and so before what multiprocessing does at the end
         context = get_context("spawn" if engine == "vulkan" else None)  # a GPU does not outlive a fork
         try:
-            if hasattr(signal, "pthread_sigmask"):  # where it is, signals to stop wait, and no worker gets them
+            if hasattr(signal, "pthread_sigmask"):  # not on Windows: signals to stop wait, and no worker gets them
                 signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
             for _ in range(n):
                 pipe, theirs = connection.Pipe()
@@ -962,6 +962,7 @@ class Workers:
         self.outbox.put(None)
         for process in self.processes:
             process.kill()
+        for process in self.processes:  # in a loop of its own: a Ctrl-C in here must leave none alive
             process.join()
 
     def __call__(self, weights, batch):
@@ -1518,7 +1519,7 @@ def check(args):
         raise UsageError(f"--heads {args.heads} does not divide --d-model {args.d_model}")
     if args.layers * 12 * args.d_model**2 + args.context * args.d_model > 10**9:
         raise UsageError("a model of more than a billion weights is too large for this program")
-    if args.warmup_steps > args.steps:
+    if 0 < args.steps < args.warmup_steps:
         raise UsageError(f"--warmup-steps {args.warmup_steps} is longer than the run, --steps {args.steps}")
     if args.workers > args.batch_size:
         raise UsageError(f"--workers {args.workers} is more than --batch-size {args.batch_size}: nothing to share")

@@ -1512,6 +1512,13 @@ class TestCheckpoints(Files):
         state, flags = load(self.path)
         self.assertEqual((state.step, flags.steps, flags.lr), (5, 5, 0.5))
 
+    def test_no_steps_sample_any_run_and_leave_its_file_alone(self):
+        content = self.saved("--warmup-steps", "2")
+        status, out, errors = self.main("--resume", self.path, "--steps", "0", "--samples", "2")
+        self.assertEqual((status, errors, out.count("sample "), out.count("loss")), (0, "", 2, 0))
+        with open(self.path, "rb") as file:
+            self.assertEqual(file.read(), content)
+
     def test_a_second_moment_below_0_is_refused(self):
         self.saved()
         state, _ = load(self.path)
