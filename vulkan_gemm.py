@@ -763,40 +763,38 @@ npPn/+IJ3hbX/wF3BcSA
 # where it is cheaper. Rows may be sparse: one with an attribute `places` is 0 everywhere else, and plain Python
 # skips its zeros.
 
-def offload(gpu, plain_matmul, plain_matmuls):
-    """The two functions with those products sent to the GPU that gain by it. More keyword arguments than the
-    transposes are for the plain ones alone."""
+def offload(gpu, plain_matmuls):
+    """Return a function of a list of matrices as rows and a list of matrices as columns, which computes their products
+    on the GPU if that is faster than plain_matmuls, which does the same."""
     def seconds(product, n):
         a = [[0.1 + 0.01 * (i + j) for i in range(n)] for j in range(n)]
-        return min(best_time(lambda: product(a, a), at_least=0.0) for _ in range(3))
+        return min(best_time(lambda: product([a], [a]), at_least=0.0) for _ in range(3))
 
-    a_term = seconds(plain_matmul, 32) / 32 ** 3
-    a_trip = seconds(gpu.matmul, 8)
-    a_number = (seconds(gpu.matmul, 192) - a_trip) / (3 * 192 * 192)
+    def on_gpu(many_rows, many_columns):
+        return gpu.matmuls(many_rows, many_columns, transpose_b=True)
+
+    a_term = seconds(plain_matmuls, 32) / 32 ** 3
+    a_trip = seconds(on_gpu, 8)
+    a_number = (seconds(on_gpu, 192) - a_trip) / (3 * 192 * 192)
 
     def filled(rows):
-        """The share of numbers that are not known to be 0."""
-        if not hasattr(rows[0], "places"):
-            return 1.0
-        return sum(len(row.places) for row in rows) / (len(rows) * len(rows[0]))
+        """The share of numbers that are not 0."""
+        return 1 - sum(row.count(0.0) for row in rows) / (len(rows) * len(rows[0]))
 
-    def gain(a, b, transpose_a, transpose_b):
+    def gain(rows, columns):
         """Seconds that a product costs less on the GPU, the trip not counted."""
-        (m, k), n = (len(a), len(a[0])), len(b) if transpose_b else len(b[0])
-        m, k = (k, m) if transpose_a else (m, k)
-        return m * n * k * filled(a) * filled(b) * a_term - (m * k + k * n + m * n) * a_number
+        m, k, n = len(rows), len(rows[0]), len(columns)
+        terms = m * n * k
+        if terms * a_term > a_trip:  # only then is it worth counting zeros, which the plain product skips
+            terms *= filled(rows) * filled(columns)
+        return terms * a_term - (m * k + k * n + m * n) * a_number
 
-    def matmul(a, b, transpose_a=False, transpose_b=False, **more):
-        if gain(a, b, transpose_a, transpose_b) < a_trip:
-            return plain_matmul(a, b, transpose_a, transpose_b, **more)
-        return gpu.matmul(a, b, transpose_a, transpose_b)
+    def matmuls(many_rows, many_columns):
+        if sum(map(gain, many_rows, many_columns)) < a_trip:
+            return plain_matmuls(many_rows, many_columns)
+        return on_gpu(many_rows, many_columns)
 
-    def matmuls(a, b, transpose_a=False, transpose_b=False):
-        if sum(gain(x, y, transpose_a, transpose_b) for x, y in zip(a, b)) < a_trip:
-            return plain_matmuls(a, b, transpose_a=transpose_a, transpose_b=transpose_b)
-        return gpu.matmuls(a, b, transpose_a, transpose_b)
-
-    return matmul, matmuls
+    return matmuls
 
 
 # ---- Checks and timings ----------------------------------------------------------------------------------
