@@ -771,6 +771,10 @@ def start_worker():
     """Set up a worker: it leaves signals to its parent and ends when the parent does."""
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # signals to the parent's group do not come here, so SIGTERM is the pool's own
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     gc.disable()
     threading.Thread(target=end_with_parent, daemon=True).start()
 
@@ -795,6 +799,8 @@ class Workers:
         self.n, self.engine, self.model, self.others = n, engine, model, threading.enumerate()
         context = get_context("spawn" if engine is VulkanTensor else None)  # a GPU does not survive a fork
         self.pool = ProcessPoolExecutor(n, context, start_worker)
+        if not hasattr(self.pool, "_adjust_process_count"):  # PyPy's pool lacks what it would call
+            self.pool._safe_to_dynamically_spawn_children = False
 
     def submit(self, config, weights, shares):
         """Give each share to a worker. The first call starts them, with signals blocked until they ignore
@@ -830,9 +836,9 @@ class Workers:
         """End all workers, whatever they are doing."""
         from multiprocessing import active_children
 
-        self.pool.shutdown(wait=False, cancel_futures=True)  # first, or it would take that for an error
         for process in active_children():
             process.kill()
+        self.pool.shutdown(wait=False, cancel_futures=True)
         for thread in set(threading.enumerate()) - set(self.others):  # those of the pool, which end now
             thread.join(1)
 
@@ -1215,7 +1221,7 @@ def loss_plot(title, losses, validations):
     for y in round_ticks(low, high, 8):
         svg.append(f'<path class="grid" d="M70,{place(first, y)[1]:.1f}H770"/>')
         svg.append(text(62, place(first, y)[1] + 4, f"{y:.10g}", "end"))
-    svg += [text(place(x, low)[0], 470, f"{x:.10g}") for x in round_ticks(first, last, 7)]
+    svg += [text(place(x, low)[0], 470, f"{x:.10g}") for x in round_ticks(first, last, 7) if x % 1 == 0]
     size, sums, means = len(losses) // 60, [0, *accumulate(y for _, y in losses)], []
     for i, (x, _) in enumerate(losses):  # each mean is that of a thirtieth of the curve
         start, end = max(0, i - size), min(len(losses), i + size + 1)
@@ -1765,4 +1771,7 @@ def main(argv=None):
     return status
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    if threading.active_count() > 1:  # threads of the pool may wait for dead workers forever
+        os._exit(exit_status)
+    sys.exit(exit_status)

@@ -924,7 +924,8 @@ if __name__ == "__main__":
     workers.stop()
     for process in processes:
         process.join()
-    print(len(multiprocessing.active_children()), "workers")
+    print(len(multiprocessing.active_children()), "workers", flush=True)
+    os._exit(0)
 """
 
 
@@ -1090,9 +1091,6 @@ class TestWorkersAsProcesses(Runs):
     def test_signals_to_the_whole_group_leave_workers_alone(self):
         for number in STOPS:
             process, workers = self.start_workers()
-            for pid in workers:
-                os.kill(pid, number)
-            self.read_until(process, rb"(step[^\r]+\r){10}")
             os.killpg(process.pid, number)
             self.assertSaved(process, 128 + number, b"interrupted:")
             self.assertGone(workers)
@@ -2080,7 +2078,7 @@ class TestPrompts(Commands):
     def test_a_text_without_a_prompt_begins_as_after_a_line(self):
         for corpus, first in (("b\n\ta\nb", "\n"), ("bcb", "b")):
             self.file("text.txt", corpus * 9)
-            flags = "--corpus text.txt --stream --context 4 --temperature 0 --max-tokens 6 --samples 1 --steps 40 --lr 0.05"
+            flags = "--corpus text.txt --stream --context 4 --steps 40 --lr 0.05 --temperature 0 --samples 1"
             texts = [self.printed(flags, f"--prompt={prompt}").split("sample  1: ")[1] for prompt in ("", first)]
             self.assertEqual(first + texts[0], texts[1])
 
