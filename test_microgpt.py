@@ -115,7 +115,8 @@ class Files(Test):
     def main(self, *flags, out=None):
         """Run the command line in this process. Returns its status, standard output and standard error."""
         out, errors = out or io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork")  # by threads of other tests
             status = microgpt.main(list(flags))
         return status, out.getvalue(), errors.getvalue()
 
