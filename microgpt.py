@@ -273,6 +273,8 @@ def initial_weights(config, rng):
 #     ids          BOS  e   m   BOS  a   l
 #     positions     0   1   2    0   1   2
 #     caches        A   A   A    B   B   B
+#
+# caches[row][layer] is (keys, values), and the rows of a document share the same two lists.
 
 def new_cache(config):
     """Return what the model remembers of one document: for each layer, the keys and the values so far."""
@@ -336,8 +338,9 @@ def mean_loss(config, w, batch, model=gpt):
     return model(config, w, ids, positions, caches).cross_entropy(targets)
 
 def loss_and_grads(config, weights, batch, engine=Matrix, model=gpt):
-    """Return the mean loss of a batch, and name -> rows of gradients. The engine is the type that the weights
-    are wrapped in. Part two has faster ones, and part three has another model."""
+    """Return the mean loss of a batch, and name -> rows of gradients. The weights are plain numbers, wrapped
+    anew for each call, so their gradients begin at 0. The engine is the type that they are wrapped in. Part
+    two has faster ones, and part three has another model."""
     w = {name: engine.wrap(rows) for name, rows in weights.items()}
     loss = mean_loss(config, w, batch, model)
     backward(loss)
@@ -1138,6 +1141,7 @@ def load(path):
         run.rng.setstate((version, tuple(numbers), gauss))
         run.m, run.v, run.step, run.seen = *parts[1:], int(fields["step"]), int(fields["seen"])
         run.recent = float(fields["recent"][0]), int(fields["recent"][1])
+        run.saved = f"step {run.step} is saved in {path}"
         require(run.step >= 0, "step")
         return run
     except OSError as error:

@@ -764,8 +764,8 @@ npPn/+IJ3hbX/wF3BcSA
 # skips its zeros.
 
 def offload(gpu, plain_matmuls):
-    """Return a function of a list of matrices as rows and a list of matrices as columns, which computes their products
-    on the GPU if that is faster than plain_matmuls, which does the same."""
+    """Return a function of a list of matrices as rows and a list of matrices as columns. It computes their
+    products on the GPU if that is faster than plain_matmuls, which does the same."""
     def seconds(product, n):
         a = [[0.1 + 0.01 * (i + j) for i in range(n)] for j in range(n)]
         return min(best_time(lambda: product([a], [a]), at_least=0.0) for _ in range(3))
