@@ -105,7 +105,7 @@ class Value:
     def log(self): return Value(math.log(self.data), (self,), (1 / self.data,))
     def relu(self): return Value(max(0.0, self.data), (self,), (1.0 if self.data > 0 else 0.0,))
 
-    # All other operations are made of these.
+    # All others are made of these.
     def __neg__(self): return self * -1
     def __radd__(self, other): return self + other
     def __rmul__(self, other): return self * other
@@ -119,10 +119,9 @@ class Value:
         for value, slope in zip(self.inputs, self.slopes):
             value.grad += slope * self.grad
 
-# Every result is appended to one list, the tape (Wengert 1964), as soon as it is computed. So whatever was
-# computed from a Value comes after it. When we read the tape from its end, all paths from a Value to the loss
-# have been added up by the time we reach it.
-
+# Every result goes on one list, the tape (Wengert 1964), as soon as it is computed, so what was computed from
+# a Value comes after it. Reading the tape from its end, we have added up all paths from a Value to the loss
+# by the time we reach it.
 tape = []
 
 def backward(loss):
@@ -200,11 +199,10 @@ class Matrix:
 
         A row has a query (what it looks for), a key (what it can be found by) and a value (what it hands on).
         The dot product of a query and a key is a score. Softmax turns the scores into shares, and the result
-        is the sum of the values, each times its share. The channels are split among n_head heads; each does
-        this with `size` of its own, so that a position can look for several things. Scores grow with the
-        size, hence the division by its root. self, k and v hold queries, keys and values. caches[t] is (keys,
-        values) of row t's document so far. Each position adds its own key and then asks, so none sees the
-        future."""
+        is the sum of the values, each times its share. Each of n_head heads does this with `size` channels of
+        its own, so that a position can look for several things. Scores grow with the size, hence the division
+        by its root. self, k and v hold queries, keys and values. caches[t] is (keys, values) of row t's
+        document so far. Each position adds its own key and then asks, so none sees the future."""
         size, out = len(self.rows[0]) // n_head, []
         for t, (keys, values) in enumerate(caches):
             keys.append(k.rows[t])
@@ -220,11 +218,10 @@ class Matrix:
         return Matrix(out)
 
     def cross_entropy(self, targets):
-        """Return the loss, a Value: the mean over the rows of -log p of the token that really came next. A
-        row of logits has a score for each token, and p is their softmax. The logarithm turns the chance of
-        the whole text, the product of its tokens' chances, into a sum. -log p is 0 if the model was certain
-        and right, log(vocab_size) if it finds all tokens equally likely. It is log(sum of e^a) -
-        a[target]."""
+        """Return the loss, a Value: the mean over the rows of -log p of the token that really came next. Rows
+        are logits, a score for each token, and p is their softmax. -log p is 0 if the model was certain and
+        right, log(vocab_size) if it finds all tokens equally likely. The logarithm turns the chance of a
+        text, the product of its tokens' chances, into a sum. It is log(sum of e^a) - a[target]."""
         losses = []
         for row, target in zip(self.rows, targets):
             top = max(a.data for a in row)
@@ -250,7 +247,7 @@ class Config:
 def shapes(config):
     """Return name -> (rows, columns) for each weight matrix, in the order they are drawn."""
     d = config.n_embd
-    # The embeddings of tokens and of positions, and the head of the language model:
+    # the embeddings of tokens and of positions, and the head of the language model:
     out = {"wte": (config.vocab_size, d), "wpe": (config.block_size, d), "lm_head": (config.vocab_size, d)}
     for i in range(config.n_layer):
         for name in ("attn_wq", "attn_wk", "attn_wv", "attn_wo"):  # of queries, keys, values, output
@@ -299,10 +296,10 @@ def gpt(config, w, ids, positions, caches):
 
 # 6. Adam --------------------------------------------------------------------------------------------------
 # A gradient says where the loss grows, so a weight must move the other way. The learning rate lr sets how
-# far. For each weight, Adam (Kingma, Ba 2015) keeps two running means, m of its gradient and v of the square
-# of its gradient, and moves it by lr * m / sqrt(v). While the gradient keeps its sign, that is about lr,
-# however large the gradient is. Where the sign keeps changing, m is near 0, and the weight hardly moves.
-# beta1 and beta2 say how slowly the means forget; eps avoids a division by 0.
+# far. For each weight, Adam (Kingma, Ba 2015) keeps two running means, m of its gradient and v of its square,
+# and moves it by lr * m / sqrt(v). While the gradient keeps its sign, that is about lr, however large it is.
+# Where the sign keeps changing, m is near 0, and the weight hardly moves. beta1 and beta2 say how slowly the
+# means forget; eps avoids a division by 0.
 
 def zeros(weights):
     """Return rows of zeros in the shape of some weights."""
@@ -310,20 +307,21 @@ def zeros(weights):
 
 def adam(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8):
     """Move the weights and their running means by one step, in place. Steps count from 0."""
+    m_share = 1 - beta1 ** (step + 1)  # the means began at 0, so at first they are too small by these factors
+    v_share = 1 - beta2 ** (step + 1)
     for name in weights:
         for w, g, mean, square in zip(weights[name], grads[name], m[name], v[name]):
             for i in range(len(w)):
                 mean[i] = beta1 * mean[i] + (1 - beta1) * g[i]
                 square[i] = beta2 * square[i] + (1 - beta2) * g[i] ** 2
-                # Both means began at 0, so at first they are too small, by a known factor.
-                m_hat = mean[i] / (1 - beta1 ** (step + 1))
-                v_hat = square[i] / (1 - beta2 ** (step + 1))
+                m_hat = mean[i] / m_share
+                v_hat = square[i] / v_share
                 w[i] -= lr * m_hat / (math.sqrt(v_hat) + eps)
 
 # 7. Training and sampling ---------------------------------------------------------------------------------
 # To train on a document, the model guesses the next token at all positions at once. To sample a new one, it
-# reads BOS, draws a token by the probabilities that it gives, reads that, and so on until it draws BOS.
-# Dividing the logits by a temperature below 1 makes likely tokens likelier.
+# reads BOS, draws a token by its probability, reads that, and so on until it draws BOS. Dividing the logits
+# by a temperature below 1 makes likely tokens likelier.
 
 def mean_loss(config, w, batch, model=gpt):
     """Return the mean loss over all predictions in a batch, which is a list of documents as lists of ids."""
@@ -338,9 +336,8 @@ def mean_loss(config, w, batch, model=gpt):
     return model(config, w, ids, positions, caches).cross_entropy(targets)
 
 def loss_and_grads(config, weights, batch, engine=Matrix, model=gpt):
-    """Return the mean loss of a batch, and name -> rows of gradients. The weights are plain numbers, wrapped
-    anew for each call, so their gradients begin at 0. The engine is the type that they are wrapped in. Part
-    two has faster ones, and part three has another model."""
+    """Return the mean loss of a batch, and name -> rows of gradients. Each call wraps the weights, which are
+    plain numbers, anew in an engine, a type of matrix (part two has faster ones), so gradients begin at 0."""
     w = {name: engine.wrap(rows) for name, rows in weights.items()}
     loss = mean_loss(config, w, batch, model)
     backward(loss)
@@ -362,9 +359,8 @@ def sample(config, weights, bos, temperature, rng):
     return out
 
 # 8. All of it ---------------------------------------------------------------------------------------------
-# This is the whole program; with a call to train_and_sample(), it runs without the rest of the file. The loss
-# begins near log 27 = 3.3, a blind guess, and ends near 2.3. Each printed loss is that of a single name, and
-# names differ, so look at the trend.
+# With a call to train_and_sample(), all up to here runs without the rest of the file. The loss begins near
+# log 27 = 3.3, a blind guess, and ends near 2.3. Each is that of one name, so look at the trend.
 
 def train_and_sample(path="input.txt", steps=1000):
     """Train a model on the documents in a file, then print 20 new ones."""
@@ -396,7 +392,9 @@ def train_and_sample(path="input.txt", steps=1000):
 # ==========================================================================================================
 
 import atexit
+import concurrent.futures
 import gc
+import multiprocessing
 import os
 import signal
 import threading
@@ -406,8 +404,8 @@ from heapq import heapify, heappop, heappush
 from itertools import chain, compress
 from operator import add, mul
 
-class UserError(Exception):
-    """A problem that the user can fix. The command line prints it as one line."""
+class UserError(RuntimeError):
+    """A problem that the user can fix, told in one line."""
 
 # 9. The same operations, a matrix at a time ---------------------------------------------------------------
 # Part one makes an object of every multiplication. A Tensor holds the numbers of a whole matrix instead, and
@@ -436,9 +434,8 @@ def probabilities(scores):
     return [e / total for e in exps]
 
 class Tensor:
-    """A matrix. data is rows of floats (of a loss, one float), and grad is its gradient in the same shape, or
-    None before the first one arrives."""
-
+    """A matrix. data is rows of floats (of a loss, one float); grad is its gradient in the same shape, at
+    first None."""
     def __init__(self, data, rule=None):
         self.data, self.grad, self.rule = data, None, rule
         if rule:
@@ -478,7 +475,6 @@ class Tensor:
             for i, row in zip(ids, g):
                 grad[i] = list(map(add, grad[i], row))
             self.receive(grad)
-
         return self.result([self.data[i] for i in ids], rule)
 
     # y = x + z: both slopes are 1, so both get g.
@@ -486,7 +482,6 @@ class Tensor:
         def rule(g):
             self.receive(g)
             other.receive(g)
-
         return self.result(add_rows(self.data, other.data), rule)
 
     # y[t][o] is the sum over i of w[o][i] x[t][i], that is Y = X W^T. x[t][i] goes into y[t][o] for every o,
@@ -495,7 +490,6 @@ class Tensor:
         def rule(g):
             self.receive(self.matmul(g, columns(w.data)))
             w.receive(self.matmul(columns(g), columns(self.data)))
-
         return self.result(self.matmul(self.data, w.data), rule)
 
     # y = s x, where s = (x.x / n + 1e-5)^(-1/2) has the slope -s^3 x / n. So dx = s g - s^3 x (g.x) / n, and
@@ -510,14 +504,12 @@ class Tensor:
                 mean = sumprod(g_row, y_row) / len(y_row)
                 out.append([scale * (a - mean * b) for a, b in zip(g_row, y_row)])
             self.receive(out)
-
         return self.result(y, rule)
 
     # The slope of max(0, x) is 1 where x is positive and 0 elsewhere.
     def relu(self):
         def rule(g):
             self.receive([[b if a > 0 else 0.0 for a, b in zip(x, y)] for x, y in zip(self.data, g)])
-
         return self.result([[a if a > 0 else 0.0 for a in row] for row in self.data], rule)
 
     # For each document and head, y = P V, where P is the softmax of S = Q K^T / sqrt(size). As in linear,
@@ -567,7 +559,6 @@ class Tensor:
             self.receive(scaled(join(self.matmuls(dss, map(columns, ks)))))
             k.receive(join(self.matmuls(dsts, map(columns, qs))))
             v.receive(join(self.matmuls(map(columns, ps), map(columns, gs))))
-
         out = self.result(join(self.matmuls(ps, map(columns, vs))), rule)
         out.shares = ps  # for --explain
         return out
@@ -587,7 +578,6 @@ class Tensor:
             for row, target in zip(grad, targets):
                 row[target] -= g / len(targets)
             self.receive(grad)
-
         return Tensor(loss / len(targets), rule)
 
 # 10. Faster products --------------------------------------------------------------------------------------
@@ -625,7 +615,6 @@ def mostly_zeros(rows):
 
 class FastTensor(Tensor):
     """The engine `tensor`: a Tensor with faster products."""
-
     @staticmethod
     def matmul(rows, columns):
         """Return Tensor.matmul(rows, columns)."""
@@ -654,8 +643,7 @@ def fast_adam(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8, 
                 w[i] -= lr * mi / (sqrt(vi) + eps)
 
 def rows_of(*dictionaries):
-    """Yield the rows that belong together in dictionaries of the same shape: of weights, gradients,
-    moments."""
+    """Yield the rows that belong together in weights, gradients, running means."""
     for name in dictionaries[0]:
         yield from zip(*[each[name] for each in dictionaries])
 
@@ -712,7 +700,6 @@ def learn_merges(docs, n, new):
 
 class BPETokenizer(CharTokenizer):
     """A CharTokenizer with one more token for each merge. BOS stays the last id."""
-
     def __init__(self, docs, merges):
         super().__init__(docs)
         self.merges = merges
@@ -737,7 +724,7 @@ class BPETokenizer(CharTokenizer):
 
 @lru_cache(maxsize=None)
 def gpu_matmuls():
-    """Return a matmuls that uses the GPU where that is faster. Raises UserError if there is no GPU to use."""
+    """Return a matmuls that uses the GPU where that is faster. Raises RuntimeError if there is no GPU."""
     try:
         from vulkan_gemm import VulkanGemm, offload
     except ImportError:
@@ -748,17 +735,13 @@ def gpu_matmuls():
 
 class VulkanTensor(FastTensor):
     """The engine `vulkan`: a FastTensor with its large products on the GPU."""
-
     @classmethod
     def matmul(cls, rows, columns):
         return cls.matmuls([rows], [columns])[0]
 
     @classmethod
     def matmuls(cls, many_rows, many_columns):
-        try:
-            return gpu_matmuls()(list(many_rows), list(many_columns))
-        except RuntimeError as error:
-            raise UserError(f"the GPU cannot go on: {error}") from None
+        return gpu_matmuls()(list(many_rows), list(many_columns))
 
 ENGINES = {"scalar": Matrix, "tensor": FastTensor, "vulkan": VulkanTensor}
 
@@ -769,6 +752,7 @@ ENGINES = {"scalar": Matrix, "tensor": FastTensor, "vulkan": VulkanTensor}
 # pool of them. Only this process moves the weights; it sends them along with every share.
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+mask_signals = getattr(signal, "pthread_sigmask", lambda how, numbers: None)  # Windows has no masks
 
 def start_worker():
     """Set up a worker: it leaves signals to its parent and ends when the parent does."""
@@ -777,15 +761,13 @@ def start_worker():
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # signals to the parent's group do not come here, so SIGTERM is the pool's own
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+        mask_signals(signal.SIG_UNBLOCK, STOPS)
     gc.disable()
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 def end_with_parent():
     """Wait until the parent process ends, however it does, then end this one."""
-    from multiprocessing import parent_process
-
-    parent_process().join()
+    multiprocessing.parent_process().join()
     os._exit(1)
 
 def count_predictions(batch):
@@ -793,57 +775,48 @@ def count_predictions(batch):
     return sum(len(tokens) - 1 for tokens in batch)
 
 class Workers:
-    """Several processes that share the work of loss_and_grads."""
-
+    """Processes that share the work of loss_and_grads. One alone is this process."""
     def __init__(self, n, engine, model=gpt):
-        from concurrent.futures import ProcessPoolExecutor  # slow to import, and few runs need them
-        from multiprocessing import get_context
-
         self.n, self.engine, self.model, self.others = n, engine, model, threading.enumerate()
-        context = get_context("spawn" if engine is VulkanTensor else None)  # a GPU does not survive a fork
-        self.pool = ProcessPoolExecutor(n, context, start_worker)
-        if not hasattr(self.pool, "_adjust_process_count"):  # PyPy's pool lacks what it would call
-            self.pool._safe_to_dynamically_spawn_children = False
-
-    def submit(self, config, weights, shares):
-        """Give each share to a worker. The first call starts them, with signals blocked until they ignore
-        them."""
-        masks = hasattr(signal, "pthread_sigmask")  # Windows has no masks
-        before = masks and signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-        try:
-            return [self.pool.submit(loss_and_grads, config, weights, share, self.engine, self.model)
-                    for share in shares]
-        finally:
-            if masks:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if n > 1:
+            how = "spawn" if engine is VulkanTensor else None  # a GPU does not survive a fork
+            context = multiprocessing.get_context(how)
+            self.pool = concurrent.futures.ProcessPoolExecutor(n, context, start_worker)
+            self.pool._safe_to_dynamically_spawn_children = False  # PyPy's pool lacks what it would call
 
     def loss_and_grads(self, config, weights, batch, patience=3600):
         """Return the mean loss of a batch and its gradients. With the same number of workers they are the
         same to the last bit. Raises UserError if a worker dies, cannot start, or takes longer than `patience`
         seconds."""
-        from concurrent.futures import TimeoutError as Late
-
-        loss, grads, shares = 0.0, zeros(weights), [batch[i :: self.n] for i in range(self.n)]
+        if self.n == 1:
+            return loss_and_grads(config, weights, batch, self.engine, self.model)
+        loss, grads, futures = 0.0, zeros(weights), []
+        shares = [batch[i :: self.n] for i in range(self.n)]
         try:
-            for share, future in zip(shares, self.submit(config, weights, shares)):
+            mask_signals(signal.SIG_BLOCK, STOPS)  # until new workers ignore them
+            for share in shares:
+                work = loss_and_grads, config, weights, share, self.engine, self.model
+                futures.append(self.pool.submit(*work))
+            mask_signals(signal.SIG_UNBLOCK, STOPS)
+            for share, future in zip(shares, futures):
                 part = count_predictions(share) / count_predictions(batch)
                 share_loss, share_grads = future.result(patience)
                 loss += part * share_loss
-                for name, rows in share_grads.items():
-                    grads[name] = [[a + part * b for a, b in zip(x, y)] for x, y in zip(grads[name], rows)]
-        except (OSError, RuntimeError, Late) as error:
+                for row, share_row in rows_of(grads, share_grads):
+                    row[:] = [a + part * b for a, b in zip(row, share_row)]
+        except (OSError, RuntimeError, concurrent.futures.TimeoutError) as error:
             raise UserError(f"a worker cannot go on: {str(error) or 'it does not answer'}") from None
         return loss, grads
 
     def stop(self):
         """End all workers, whatever they are doing."""
-        from multiprocessing import active_children
-
-        for process in active_children():
-            process.kill()
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        for thread in set(threading.enumerate()) - set(self.others):  # those of the pool, which end now
-            thread.join(1)
+        mask_signals(signal.SIG_UNBLOCK, STOPS)
+        if self.n > 1:
+            for process in multiprocessing.active_children():
+                process.kill()
+            self.pool.shutdown(wait=False, cancel_futures=True)
+            for thread in set(threading.enumerate()) - set(self.others):  # those of the pool, which end now
+                thread.join(1)
 
 # ==========================================================================================================
 # PART THREE: A TOOL FOR EVERY DAY
@@ -860,6 +833,7 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from itertools import accumulate, islice, product
+from pathlib import Path
 
 # 14. GPT-2 as published -----------------------------------------------------------------------------------
 # Part one has the lean layers of the reference. GPT-2 (Radford et al. 2019; --arch gpt2) differs in four
@@ -888,7 +862,6 @@ def multiply_tensors(x, z):
     def rule(g):
         x.receive(multiply(g, z.data))
         z.receive(multiply(g, x.data))
-
     return x.result(multiply(x.data, z.data), rule)
 
 # y = x (1 + t) / 2 with t = tanh(c (x + k x^3)), which has the slope (1 - t^2) c (1 + 3 k x^2).
@@ -991,12 +964,10 @@ def adamw(weights, grads, m, v, step, lr, weight_decay=0.01, **settings):
 OPTIMIZERS = {"sgd": sgd, "momentum": momentum, "rmsprop": rmsprop, "adam": fast_adam, "adamw": adamw}
 
 def clip(grads, limit):
-    """Return the gradients, scaled down if their norm, the root of the sum of all squares, is above the
-    limit."""
+    """Return the gradients, scaled down if their norm, the root of the sum of squares, exceeds the limit."""
     norm = math.sqrt(sum(sumprod(row, row) for (row,) in rows_of(grads)))
-    if not norm > limit:
-        return grads
-    return {name: [[g * (limit / norm) for g in row] for row in rows] for name, rows in grads.items()}
+    scale = limit / max(norm, limit)
+    return {name: [[g * scale for g in row] for row in rows] for name, rows in grads.items()}
 
 def learning_rate(args, step):
     """Return the learning rate of a step. It rises for --warmup-steps, while the running means are still
@@ -1015,25 +986,38 @@ def learning_rate(args, step):
 # there.
 
 @contextmanager
+def reporting(what):
+    """Turn an error into a UserError: what cannot be done, and why."""
+    try:
+        yield
+    except Exception as error:  # a damaged file can lead to any
+        reason = error if isinstance(error, (UserError, ValueError)) else repr(error)
+        raise UserError(f"{what}: {getattr(error, 'strerror', None) or reason}") from None
+
+def require(condition, what):
+    """Raise a ValueError that says what is wrong, unless the condition holds."""
+    if not condition:
+        raise ValueError(what)
+
+@contextmanager
 def replacing(path):
     """Open a binary file that takes the place of `path` once it is whole. Raises UserError if that fails."""
     target = os.path.realpath(path)  # for a link, replace its target
     part = f"{target}.{os.getpid()}.part"
-    try:
-        with suppress(FileNotFoundError):
+    with suppress(OSError):
+        os.remove(part)  # of a killed process with the same number
+    with reporting(f"cannot save {path}"):
+        try:
+            with open(part, "xb") as file:  # x: never through a link or into an existing file
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if os.path.exists(target):
+                shutil.copymode(target, part)
+            os.replace(part, target)
+        except BaseException:
             os.remove(part)
-        with open(part, "xb") as file:  # x: never through a link or into an existing file
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        with suppress(FileNotFoundError):
-            shutil.copymode(target, part)
-        os.replace(part, target)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot save {path}: {getattr(error, 'strerror', None) or error}") from None
-    finally:
-        with suppress(OSError, ValueError):  # if all went well, it is gone
-            os.remove(part)
+            raise
 
 def write_safetensors(path, tensors, metadata):
     """Write name -> rows of floats and a dictionary of strings."""
@@ -1048,26 +1032,21 @@ def write_safetensors(path, tensors, metadata):
         for (row,) in rows_of(tensors):
             file.write(struct.pack(f"<{len(row)}d", *row))
 
-def require(condition, what):
-    """Raise a ValueError that says what is wrong, unless the condition holds."""
-    if not condition:
-        raise ValueError(what)
-
 def read_safetensors(path):
     """Return name -> rows of floats, and the metadata. The header is held against the size of the file before
-    any numbers are read. If something is wrong, raises one of several errors."""
+    any numbers are read."""
     require(os.path.isfile(path) or not os.path.exists(path), "it is not a file")
     with open(path, "rb") as file:
         size, length = os.stat(path).st_size - 8, int.from_bytes(file.read(8), "little")
-        require(length <= size, "its header")
+        require(length <= size, "it is cut short, or no .safetensors file")
         header, tensors, end = json.loads(file.read(length)), {}, 0
         metadata = header.pop("__metadata__")
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             rows, columns = entry["shape"]
-            require(type(rows) is type(columns) is int and 0 < min(rows, columns), f"{name}'s shape")
+            require(type(rows) is type(columns) is int and 0 < min(rows, columns), f"the shape of {name}")
             kind = {"F32": "f", "F64": "d"}[entry["dtype"]]
             start, end = end, end + rows * columns * struct.calcsize(kind)
-            require(entry["data_offsets"] == [start, end] and end <= size - length, f"{name}'s place")
+            require(entry["data_offsets"] == [start, end] and end <= size - length, f"the place of {name}")
             tensors[name] = f"<{columns}{kind}", end - start
         require(end == size - length, "its size")
         for name, (row, length) in tensors.items():
@@ -1076,14 +1055,14 @@ def read_safetensors(path):
     return tensors, metadata
 
 class Run:
-    """A training run: its flags and all it needs to go on."""
-
-    def __init__(self, args, tokenizer, weights, rng):
-        self.args, self.tokenizer, self.weights, self.rng = args, tokenizer, weights, rng
-        self.config, self.model = config_of(args, tokenizer), MODELS[args.arch][0]
-        self.m, self.v = zeros(weights), zeros(weights)
-        self.step = self.seen = 0  # steps and tokens so far
-        self.recent = 0.0, 0       # the sum of the losses since the last validation, and their number
+    """A training run: its flags and all it needs to go on. Without weights, it draws new ones."""
+    def __init__(self, args, tokenizer, rng, weights=None):
+        self.args, self.tokenizer, self.rng = args, tokenizer, rng
+        self.config = Config(tokenizer.vocab_size, args.layers, args.d_model, args.heads, args.context)
+        self.model, self.shapes, draw_weights = MODELS[args.arch]
+        self.weights = weights or draw_weights(self.config, rng)
+        self.m, self.v = zeros(self.weights), zeros(self.weights)
+        self.step, self.recent = 0, []  # recent: the losses since the last validation
         self.saved = "nothing was saved"
 
     def wrap(self):
@@ -1091,7 +1070,7 @@ class Run:
         return {name: ENGINES[self.args.engine].wrap(rows) for name, rows in self.weights.items()}
 
     def save(self):
-        """Write the checkpoint, if there is to be one. Raises UserError."""
+        """Write the checkpoint, if there is to be one. Raises ArithmeticError if it would be useless."""
         if self.args.save is None:
             return
         tensors = dict(self.weights)
@@ -1099,55 +1078,40 @@ class Run:
             tensors["optimizer.m." + name] = self.m[name]
             tensors["optimizer.v." + name] = self.v[name]
         if not all(all(map(math.isfinite, row)) for (row,) in rows_of(tensors)):
-            raise Diverged(f"the weights have overflowed after step {self.step}: try a lower --lr")
+            raise ArithmeticError(f"the weights have overflowed after step {self.step}: try a lower --lr")
         fields = {"flags": as_argv(self.args), "characters": "".join(self.tokenizer.ids),
-                  "merges": self.tokenizer.merges, "step": self.step, "seen": self.seen,
-                  "recent": self.recent, "random": self.rng.getstate()}
+                  "merges": self.tokenizer.merges, "step": self.step, "recent": self.recent,
+                  "random": self.rng.getstate()}
         metadata = {name: json.dumps(value) for name, value in fields.items()}
         write_safetensors(self.args.save, tensors, metadata)
         self.saved = f"step {self.step} is saved in {self.args.save}"
 
-def config_of(args, tokenizer):
-    """Return the shape of the model that the flags describe."""
-    return Config(tokenizer.vocab_size, args.layers, args.d_model, args.heads, args.context)
-
-class Diverged(UserError):
-    """The weights have become useless, and are not saved."""
-
 def load(path):
     """Return the Run in a checkpoint. Raises UserError if the file is not a whole one."""
-    try:
+    with reporting(f"cannot read {path}"):
         tensors, metadata = read_safetensors(path)
         fields = {name: json.loads(text) for name, text in metadata.items()}
         require(all(flag.startswith("--") and flag != "--help" for flag in fields["flags"]), "flags")
         args = make_parser().parse_args(fields["flags"])
         require(set(fields["flags"]) <= set(as_argv(args)) and args.layers <= len(tensors), "flags")
-        lengths, total = [1] * len(fields["characters"]), 0
-        for left, right in fields["merges"]:
-            lengths.append(lengths[left] + lengths[right])
-            total += lengths[-1]
-            require(min(left, right) >= 0 and total <= 50_000_000, "merges")  # a few can make vast texts
         tokenizer = BPETokenizer(fields["characters"], fields["merges"])
         require("".join(tokenizer.ids) == fields["characters"], "characters")
-        parts, wanted = [], MODELS[args.arch][1](config_of(args, tokenizer))
-        for prefix in ("", "optimizer.m.", "optimizer.v."):
-            part = {name: tensors.pop(prefix + name) for name in wanted if prefix + name in tensors}
-            parts.append(part or zeros(parts[0]))  # a file of weights alone has no running means
-            require({n: (len(w), len(w[0])) for n, w in parts[-1].items()} == wanted, "the shapes")
-        require(not tensors, "matrices that the model lacks")
-        require(all(min(row) >= 0 for (row,) in rows_of(parts[2])), "a mean of squares below 0")
         version, numbers, gauss = fields["random"]
-        run = Run(args, tokenizer, parts[0], random.Random())
-        run.rng.setstate((version, tuple(numbers), gauss))
-        run.m, run.v, run.step, run.seen = *parts[1:], int(fields["step"]), int(fields["seen"])
-        run.recent = float(fields["recent"][0]), int(fields["recent"][1])
-        run.saved = f"step {run.step} is saved in {path}"
+        rng = random.Random()
+        rng.setstate((version, tuple(numbers), gauss))
+        weights = {name: rows for name, rows in tensors.items() if not name.startswith("optimizer.")}
+        run = Run(args, tokenizer, rng, weights)
+        if len(tensors) > len(weights):  # a file of weights alone has no running means
+            run.m = {name: tensors["optimizer.m." + name] for name in weights}
+            run.v = {name: tensors["optimizer.v." + name] for name in weights}
+        for part in weights, run.m, run.v:
+            found = {name: (len(rows), len(rows[0])) for name, rows in part.items()}
+            require(found == run.shapes(run.config), "the matrices are not those of its model")
+        require(all(min(row) >= 0 for (row,) in rows_of(run.v)), "a mean of squares below 0")
+        run.step, run.recent = int(fields["step"]), list(map(float, fields["recent"]))
         require(run.step >= 0, "step")
+        run.saved = f"step {run.step} is saved in {path}"
         return run
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except Exception as error:  # whatever a damaged file leads to
-        raise UserError(f"{path} is not a whole checkpoint: {type(error).__name__} {error}") from None
 
 # 17. Looking inside ---------------------------------------------------------------------------------------
 # What does a model make of a text? For each position, --explain shows what the model expected and what came;
@@ -1157,7 +1121,6 @@ def load(path):
 
 class Watched(FastTensor):
     """A Tensor that keeps the shares of each attention: for each layer and head, rows of them."""
-
     shares = []
 
     def attention(self, *args):
@@ -1169,21 +1132,20 @@ def explain(run, ids):
     """Print what a model makes of some tokens, in block characters where standard output has them."""
     shades = "·░▒▓█" if "utf" in (sys.stdout.encoding or "").lower() else ".:+*#"
     names = [repr(token)[1:-1].replace(" ", "_") for token in run.tokenizer.tokens] + ["^"]
-    w, n, total = {name: Watched.wrap(rows) for name, rows in run.weights.items()}, len(ids) - 1, 0.0
+    w, n = {name: Watched.wrap(rows) for name, rows in run.weights.items()}, len(ids) - 1
     Watched.shares.clear()
     logits = run.model(run.config, w, ids[:-1], range(n), [new_cache(run.config)] * n).data
+    losses = [Tensor([row]).cross_entropy([target]).data for row, target in zip(logits, ids[1:])]
     tape.clear()
     print(f"{'token':6}{'next':6}    p   nats   bits the five likeliest (^ is BOS, _ a space)")
-    for token, target, row in zip(ids, ids[1:], logits):
+    for token, target, row, loss in zip(ids, ids[1:], logits, losses):
         draw(row, 0, 0, None)  # refuses overflowed numbers
         p = probabilities(row)
-        loss = math.log(sum(math.exp(a - max(row)) for a in row)) + max(row) - row[target]
-        total += loss
         best = sorted(range(len(p)), key=lambda i: (-p[i], i))[:5]
         guesses = "  ".join(f"{names[i]:>2.2} {p[i]:.3f}" for i in best)
         facts = f"{p[target]:.3f} {loss:6.3f} {loss / math.log(2):6.3f}"
         print(f"{names[token]:5.5} {names[target]:5.5} {facts} {guesses}")
-    print(f"{'mean':17} {total / n:6.3f} {total / n / math.log(2):6.3f}")
+    print(f"{'mean':17} {sum(losses) / n:6.3f} {sum(losses) / n / math.log(2):6.3f}")
     head, step = "".join(names[i][0] for i in ids[:-1]), max(1, 73 // (n + 1))
     for layer, first in product(range(run.config.n_layer), range(0, run.config.n_head, step)):
         some = Watched.shares[layer][first : first + step]
@@ -1238,18 +1200,12 @@ def loss_plot(title, losses, validations):
     return "\n".join([*svg, "</svg>\n"])
 
 def open_trace(path, step):
-    """Open a trace to continue after a step (0: new). What an interrupted run wrote beyond it is cut off."""
-    try:
-        file, end = open(path, "a+b" if step else "w+b"), 0
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
-    file.seek(0)
-    with suppress(ValueError, LookupError, TypeError):  # the last line may lack its end
-        for line in file:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-            end += len(line)
-    file.truncate(end)
+    """Open a trace to go on after a step. What an interrupted run wrote beyond it is cut off."""
+    with reporting(f"cannot write {path}"):
+        file = open(path, "a+b" if step else "w+b")
+        file.seek(0)
+        lines = [line for line in file if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+        file.truncate(sum(map(len, lines)))
     return file
 
 def write_trace(file, run, batch, loss, grads):
@@ -1257,14 +1213,12 @@ def write_trace(file, run, batch, loss, grads):
     squares = {name: sum(sumprod(row, row) for row in rows) for name, rows in grads.items()}
     facts = {"step": run.step, "documents": [run.tokenizer.decode(ids) for ids in batch], "tokens": batch,
              "loss": loss, "learning_rate": learning_rate(run.args, run.step - 1),
-             "gradient_norm": math.sqrt(sum(squares.values())), "tokens_so_far": run.seen}
+             "gradient_norm": math.sqrt(sum(squares.values()))}
     if run.step == 1:
         facts["gradient_squares"] = squares
-    try:
+    with reporting(f"cannot write {run.args.trace}"):
         file.write(json.dumps(facts).encode() + b"\n")
         file.flush()
-    except OSError as error:
-        raise UserError(f"cannot write {run.args.trace}: {error.strerror}") from None
 
 # 18. The command line -------------------------------------------------------------------------------------
 # Every flag has the reference's value unless it is given. Standard output is the run. If something is wrong,
@@ -1279,7 +1233,7 @@ def draw(logits, temperature, top_k, rng):
     """Return a token id, drawn from the top_k likeliest and any ties, or if 0 from all. A temperature of 0
     takes the likeliest."""
     if not all(map(math.isfinite, logits)):
-        raise UserError("the model's numbers have overflowed: train it with a lower --lr")
+        raise ArithmeticError("the model's numbers have overflowed: train it with a lower --lr")
     top = max(logits)
     if temperature == 0:
         return logits.index(top)
@@ -1306,41 +1260,25 @@ def generate(run, rng):
         past += new
     return args.prompt + tokenizer.decode(past[begin:])
 
-def find_corpus(patterns):
-    """Return the files that some globs match, sorted; without globs, input.txt here or beside this script."""
-    if not patterns:
-        beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "input.txt")
-        return ["input.txt" if os.path.exists("input.txt") else beside]
-    found = set()
-    for pattern in patterns:
-        paths = [pattern] if os.path.exists(pattern) else glob.iglob(pattern, recursive=True)
-        found.update(map(os.path.normpath, list(islice(paths, 10_000)) or [pattern]))
-    return sorted(found)
-
 def load_corpus(args, rng):
     """Return the documents to train on, shuffled, and those held out. A stream is one document, its end held
     out."""
-    docs, paths = [], find_corpus(args.corpus)
-    for path in paths:
-        try:
+    paths, docs = set(), []
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "input.txt")
+    for pattern in args.corpus or ["input.txt" if os.path.exists("input.txt") else beside]:
+        found = [pattern] if os.path.exists(pattern) else islice(glob.iglob(pattern, recursive=True), 10_000)
+        paths.update(map(os.path.normpath, list(found) or [pattern]))
+    for path in sorted(paths):
+        with reporting(f"cannot read {path}"):
             kind = os.stat(path).st_mode
             require(stat.S_ISREG(kind) or stat.S_ISFIFO(kind), "it is not a file")
-            if args.stream:
-                with open(path, encoding="utf-8-sig") as file:
-                    docs = ["".join([*docs, file.read()])]
-            else:
-                docs += read_documents(path)
-        except UnicodeDecodeError:
-            raise UserError(f"{path} is not UTF-8 text: convert it first") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    if not any(docs):
-        raise UserError(f"there is no text in {', '.join(paths)}")
+            docs += [Path(path).read_text("utf-8-sig")] if args.stream else read_documents(path)
+    docs = ["".join(docs)] if args.stream else docs
     rng.shuffle(docs)
     whole = docs[0] if args.stream else docs
     cut = len(whole) - (max(1, round(len(whole) * args.val_fraction)) if args.val_fraction else 0)
     if cut < 1:
-        raise UserError("the corpus is too small to hold a part of it out")
+        raise UserError(f"there is too little text in {', '.join(sorted(paths))}")
     docs, held_out = whole[:cut], whole[cut:]
     return ([docs], [held_out] if held_out else []) if args.stream else (docs, held_out)
 
@@ -1349,20 +1287,30 @@ def check_characters(tokenizer, text):
     for char in sorted(set(text) - set(tokenizer.ids)):
         raise UserError(f"no document has the character {char!r}, so the model cannot know it")
 
-def tokenize(args, tokenizer, docs, held_out):
-    """Return the tokenizer, a new one if it is None, and the documents to train on as strings of chr(id)."""
-    saved, tokenizer = tokenizer, tokenizer or BPETokenizer(docs + held_out, [])
+def prepare(args, run):
+    """Print what there is to learn from. Return the Run, a new one if it is None, the documents to train on
+    as strings of chr(id), and the token lists to validate on."""
+    rng = random.Random(args.seed)
+    docs, held_out = load_corpus(args, rng)
+    print(f"num docs: {len(docs)}")
+    tokenizer = run.tokenizer if run else BPETokenizer(docs + held_out, [])
     check_characters(tokenizer, set().union(*docs, *held_out))
-    table = {ord(char): i for char, i in tokenizer.ids.items()}
-    docs = [doc.translate(table) for doc in docs]
-    if saved and args.vocab_size:
+    docs = [doc.translate({ord(char): i for char, i in tokenizer.ids.items()}) for doc in docs]
+    if run:
         docs = tokenizer.merge(BETWEEN.join(docs)).split(BETWEEN)
     elif args.vocab_size:
         merges, docs = learn_merges(docs, args.vocab_size, len(tokenizer.tokens))
         tokenizer = BPETokenizer(tokenizer.tokens, merges)
         if len(merges) < args.vocab_size:
             warn(f"note: after {len(merges)} merges no pair of tokens occurs twice")
-    return tokenizer, docs
+    print(f"vocab size: {tokenizer.vocab_size}")
+    run = run or Run(args, tokenizer, rng)
+    print(f"num params: {sum(len(row) for (row,) in rows_of(run.weights))}")
+    held_out = held_out_batch(run, held_out)
+    if args.stream and (len(docs[0]) <= args.context or args.val_fraction and not held_out):
+        raise UserError(f"a stream of {len(docs[0])} tokens is too short for a context of {args.context}")
+    check_characters(tokenizer, args.prompt + (args.explain or ""))
+    return run, docs, held_out
 
 def batch_at(run, docs, size):
     """Return the batch of the next step: the next documents, each between two BOS and cut after block_size +
@@ -1379,14 +1327,13 @@ def batch_at(run, docs, size):
 # documents that were held out of training. When it is far above the training loss, both averaged over the
 # same steps, the model has begun to memorize.
 
-def held_out_batch(args, tokenizer, held_out):
+def held_out_batch(run, held_out):
     """Return the token lists to validate on: at most 128, spread over all that was held out."""
-    bos, size = [] if args.stream else [tokenizer.bos], args.context
-    parts = [(bos + tokenizer.encode(doc) + bos) for doc in held_out]
-    if args.stream and parts:
-        parts = [parts[0][start : start + size + 1] for start in range(0, len(parts[0]) - 1, size)]
-        if not parts:
-            raise UserError("the corpus is too small to hold a part of it out")
+    size, encode, bos = run.config.block_size, run.tokenizer.encode, [run.tokenizer.bos]
+    if run.args.stream:
+        parts = [ids[start:] for ids in map(encode, held_out) for start in range(0, len(ids) - 1, size)]
+    else:
+        parts = [bos + encode(doc) + bos for doc in held_out]
     return [ids[: size + 1] for ids in parts[:: -(-len(parts) // 128) or 1]]
 
 def validate(run, held_out):
@@ -1396,8 +1343,8 @@ def validate(run, held_out):
     for ids in held_out:  # one at a time, to save memory
         total += mean_loss(run.config, w, [ids], run.model).data * (len(ids) - 1)
         tape.clear()
-    loss, validation = run.recent[0] / run.recent[1], total / count_predictions(held_out)
-    run.recent = 0.0, 0
+    loss, validation = sum(run.recent) / len(run.recent), total / count_predictions(held_out)
+    run.recent.clear()
     print(f"step {run.step:4d} / {args.steps:4d} | loss {loss:.4f} on average | validation {validation:.4f}")
     above = (validation / max(loss, 1e-9) - 1) * 100
     message = f"at step {run.step} the validation loss is {above:.0f} % above the training loss"
@@ -1407,44 +1354,41 @@ def validate(run, held_out):
         warn(f"warning: {message}")
     return validation
 
-def compute(run, batch, workers):
-    """Return loss and gradients of a batch, from the workers if there are any."""
-    if workers:
-        return workers.loss_and_grads(run.config, run.weights, batch)
-    return loss_and_grads(run.config, run.weights, batch, ENGINES[run.args.engine], run.model)
-
-def update(run, loss, grads, batch):
+def update(run, loss, grads):
     """Move the weights by one step."""
     args, lr = run.args, learning_rate(run.args, run.step)
+    if not math.isfinite(loss):
+        raise ArithmeticError(f"the loss of step {run.step + 1} is {loss}: try a lower --lr")
     settings = {name: getattr(args, name) for name in ("beta1", "beta2", "eps", "weight_decay")}
     grads = clip(grads, args.clip_grad) if args.clip_grad else grads
     OPTIMIZERS[args.optimizer](run.weights, grads, run.m, run.v, run.step, lr, **settings)
     run.step += 1
-    run.seen += count_predictions(batch)
-    run.recent = run.recent[0] + loss, run.recent[1] + 1
+
+def progress(done, seconds, args, step):
+    """Show the speed and the time left, to the right of the loss."""
+    left, column = round(seconds / done * (args.steps - step)), 26 + 2 * max(4, len(str(args.steps)))
+    text = f"{done / seconds:.3g} steps/s, {left // 60}:{left % 60:02d} left"
+    print(f"\x1b[{column}C{text}\x1b[K", end="\r", file=sys.stderr)
 
 def train(run, docs, held_out, signals):
     """Train to the last step or a signal. Whatever stops it, the last good step is saved."""
-    args, first, seen, begin, shown = run.args, run.step, run.seen, time.monotonic(), 0.0
-    signals.training = True
-    workers = Workers(args.workers, ENGINES[args.engine], run.model) if args.workers > 1 else None
+    args, first, begin, losses, validations = run.args, run.step, time.monotonic(), [], []
+    workers = Workers(args.workers, ENGINES[args.engine], run.model)
     trace = open_trace(args.trace, run.step) if args.trace else None
-    losses, validations = [], []
+    signals.training = True
     try:
         while run.step < args.steps and not signals.caught:
-            step, batch = run.step + 1, batch_at(run, docs, args.batch_size)
-            loss, grads = compute(run, batch, workers)
-            if math.isfinite(loss):
-                update(run, loss, grads, batch)
-            print(f"step {step:4d} / {args.steps:4d} | loss {loss:.4f}", end="\r")
-            if not math.isfinite(loss):
-                raise Diverged(f"the loss of step {step} is {loss}: try a lower --lr")
-            if args.plot:
-                losses.append((run.step, loss))
+            batch = batch_at(run, docs, args.batch_size)
+            loss, grads = workers.loss_and_grads(run.config, run.weights, batch)
+            print(f"step {run.step + 1:4d} / {args.steps:4d} | loss {loss:.4f}", end="\r")
+            update(run, loss, grads)
+            losses.append((run.step, loss))
             if trace:
                 write_trace(trace, run, batch, loss, grads)
-            if held_out and (run.step % args.eval_every == 0 or run.step == args.steps):
-                validations.append((run.step, validate(run, held_out)))
+            if held_out:
+                run.recent.append(loss)
+                if run.step % args.eval_every == 0 or run.step == args.steps:
+                    validations.append((run.step, validate(run, held_out)))
             if args.gen_every and run.step % args.gen_every == 0:
                 print(f"\nsample at step {run.step}: {generate(run, random.Random(run.step))}")
             if run.step % args.save_every == 0 and run.step < args.steps:
@@ -1452,23 +1396,15 @@ def train(run, docs, held_out, signals):
                     run.save()
                 except UserError as error:  # such as a full disk; the next time may be better
                     warn(f"warning: {error}")
-            seconds = time.monotonic() - begin
-            if sys.stderr.isatty() and seconds > shown + 0.2:
-                speed, tokens, shown = (run.step - first) / seconds, (run.seen - seen) / seconds, seconds
-                left = round((args.steps - run.step) / speed)
-                rates = f"{speed:.3g} steps/s, {tokens:.0f} tokens/s, {left // 60}:{left % 60:02d} left"
-                column = 26 + 2 * max(4, len(str(args.steps)))  # beside the loss
-                print(f"\x1b[{column}C{rates}\x1b[K", end="\r", file=sys.stderr)
+            if sys.stderr.isatty():
+                progress(run.step - first, time.monotonic() - begin, args, run.step)
         if run.step > first or args.save != args.resume:
             run.save()
-    except Diverged:
-        raise
-    except (UserError, OSError, MemoryError):
+    except (RuntimeError, OSError, MemoryError):
         run.save()
         raise
     finally:
-        if workers:
-            workers.stop()
+        workers.stop()
         if trace:
             with suppress(OSError):  # it has been reported
                 trace.close()
@@ -1479,88 +1415,81 @@ def train(run, docs, held_out, signals):
     if signals.caught:
         raise KeyboardInterrupt
 
+class UsageError(UserError):
+    """A mistake on the command line."""
+    status = 2
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises its errors."""
-
     def error(self, message):
-        raise UserError(message, 2)
+        raise UsageError(message)
 
 def warn(message):
     """Print a line about something that does not end the run."""
     print(f"microgpt: {message}", file=sys.stderr)
 
-def number(kind, low, below=math.inf):
-    """Return an argparse type: a number n with low <= n < below."""
+def number(kind, low, high):
+    """Return an argparse type: a number n with low <= n < high."""
     def parse(text):
         with suppress(ValueError):
-            value = kind(text)
-            if low <= value < below:
-                return value
-        what = f"a {'whole ' * (kind is int)}number from {low}" + f" to below {below}" * (below < math.inf)
-        raise argparse.ArgumentTypeError(f"must be {what}, not {text!r}")
-
+            if low <= kind(text) < high:
+                return kind(text)
+        what = f"must be a {'whole ' * (kind is int)}number from {low} to below {high:g}, not {text!r}"
+        raise argparse.ArgumentTypeError(what)
     return parse
 
-# The kind of a flag's value, by the word that stands for it in the table.
-KINDS = {"N": number(int, 0, 10**12), "COUNT": number(int, 1, 10**9), "X": number(float, 0),
-         "SHARE": number(float, 0, 1), "TINY": number(float, 1e-20), "MERGES": number(int, 0, 100_000),
-         "PCT": number(float, 0),
-         "SEED": number(int, -(10**12), 10**12),
+# The type of a flag, by the word that stands for its value in the table.
+KINDS = {"N": number(int, 0, 10**12), "COUNT": number(int, 1, 10**9), "MERGES": number(int, 0, 10**5),
+         "SEED": number(int, -(10**12), 10**12), "X": number(float, 0, math.inf),
+         "PCT": number(float, 0, math.inf), "SHARE": number(float, 0, 1), "TINY": number(float, 1e-20, math.inf),
          "LIST": lambda text: [KINDS["COUNT"](part) for part in text.split(",")]}
 CHOICES = {"ARCH": list(MODELS), "OPTIMIZER": list(OPTIMIZERS), "ENGINE": list(ENGINES),
            "SCHEDULE": ["linear", "cosine", "constant"]}
 FLAGS = """
-data
-  --corpus GLOB                    | text files, a document per line; repeatable (input.txt)
-  --stream                         | the corpus is one continuous text, not lines
-  --vocab-size --merges MERGES     | byte-pair merges to learn, 0: characters only = 0
-model
-  --layers --n-layer COUNT         | how many layers = 1
-  --d-model --n-embd COUNT         | width: channels per position = 16
-  --heads --n-head COUNT           | attention heads per layer = 4
-  --context --block-size COUNT     | how many tokens the model can see = 16
-  --arch ARCH                      | gpt2: with LayerNorm, biases, GELU = microgpt
-training
-  --steps N                        | total training steps = 1000
-  --batch-size COUNT               | documents per step = 1
-  --optimizer OPTIMIZER            | what moves the weights = adam
-  --lr X                           | the learning rate at its highest = 0.01
-  --beta1 SHARE                    | how long it remembers gradients = 0.85
-  --beta2 SHARE                    | how long it remembers their squares = 0.99
-  --eps TINY                       | keeps it from dividing by 0 = 1e-08
-  --weight-decay X                 | adamw: how hard it pulls weights to 0 = 0.01
-  --schedule SCHEDULE              | how the learning rate falls = linear
-  --cosine                         | short for --schedule=cosine
-  --warmup-steps N                 | steps in which it rises first = 0
-  --clip-grad X                    | the largest norm allowed for all gradients together, 0: any = 0
-  --no-clip-grad                   | short for --clip-grad=0
-  --seed SEED                      | seed of the random generator = 42
-watching
-  --val-fraction SHARE             | share of the corpus to hold out for validation = 0
-  --eval-every COUNT               | validate every COUNT steps = 100
-  --div-warn PCT                   | warn if the validation loss is PCT %% above training (20)
-  --div-crit PCT                   | stop if it is PCT %% above training
-  --gen-every COUNT                | show a sample every COUNT steps
-  --plot FILE.svg                  | draw the loss
-  --trace FILE.jsonl               | write a line of numbers for every step
-  --explain TEXT                   | show what the model makes of this text
-keeping
-  --save FILE                      | save the run in this file, for --resume
-  --save-every COUNT               | also save every COUNT steps = 500
-  --resume FILE                    | continue this run; other flags override its own
-sampling
-  --samples N                      | how many samples = 20
-  --temperature X                  | 1: the model's odds, 0: always the likeliest = 0.5
-  --top-k N                        | draw from the N likeliest tokens, 0: from all = 0
-  --prompt TEXT                    | what every sample begins with
-  --max-tokens COUNT               | at most COUNT new tokens per sample (the context)
-engine
-  --engine ENGINE                  | scalar: part one alone; vulkan: on the GPU = tensor
-  --vulkan                         | short for --engine=vulkan
-  --workers COUNT                  | processes to share each batch = 1
-  --autotune                       | train nothing, but find the fastest settings
-  --batch-sizes LIST               | batch sizes to try (1,4,16)
-  --worker-counts LIST             | worker counts to try (1,2,4, ... up to the number of cores)
+data     --corpus GLOB                    | text files, a document per line; repeatable (input.txt)
+         --stream                         | the corpus is one continuous text, not lines
+         --vocab-size --merges MERGES     | byte-pair merges to learn, 0: characters only = 0
+model    --layers --n-layer COUNT         | how many layers = 1
+         --d-model --n-embd COUNT         | width: channels per position = 16
+         --heads --n-head COUNT           | attention heads per layer = 4
+         --context --block-size COUNT     | how many tokens the model can see = 16
+         --arch ARCH                      | gpt2: with LayerNorm, biases, GELU = microgpt
+training --steps N                        | total training steps = 1000
+         --batch-size COUNT               | documents per step = 1
+         --optimizer OPTIMIZER            | what moves the weights = adam
+         --lr X                           | the learning rate at its highest = 0.01
+         --beta1 SHARE                    | how long it remembers gradients = 0.85
+         --beta2 SHARE                    | how long it remembers their squares = 0.99
+         --eps TINY                       | keeps it from dividing by 0 = 1e-08
+         --weight-decay X                 | adamw: how hard it pulls weights to 0 = 0.01
+         --schedule SCHEDULE              | how the learning rate falls = linear
+         --cosine                         | short for --schedule=cosine
+         --warmup-steps N                 | steps in which it rises first = 0
+         --clip-grad X                    | the largest norm allowed for all gradients together, 0: any = 0
+         --no-clip-grad                   | short for --clip-grad=0
+         --seed SEED                      | seed of the random generator = 42
+watching --val-fraction SHARE             | share of the corpus to hold out for validation = 0
+         --eval-every COUNT               | validate every COUNT steps = 100
+         --div-warn PCT                   | warn if the validation loss is PCT %% above training (20)
+         --div-crit PCT                   | stop if it is PCT %% above training
+         --gen-every COUNT                | show a sample every COUNT steps
+         --plot FILE.svg                  | draw the loss
+         --trace FILE.jsonl               | write a line of numbers for every step
+         --explain TEXT                   | show what the model makes of this text
+keeping  --save FILE                      | save the run in this file, for --resume
+         --save-every COUNT               | also save every COUNT steps = 500
+         --resume FILE                    | continue this run; other flags override its own
+sampling --samples N                      | how many samples = 20
+         --temperature X                  | 1: the model's odds, 0: always the likeliest = 0.5
+         --top-k N                        | draw from the N likeliest tokens, 0: from all = 0
+         --prompt TEXT                    | what every sample begins with
+         --max-tokens COUNT               | at most COUNT new tokens per sample (the context)
+engine   --engine ENGINE                  | scalar: part one alone; vulkan: on the GPU = tensor
+         --vulkan                         | short for --engine=vulkan
+         --workers COUNT                  | processes to share each batch = 1
+         --autotune                       | train nothing, but find the fastest settings
+         --batch-sizes LIST               | batch sizes to try (1,4,16)
+         --worker-counts LIST             | worker counts to try (1,2,4, ... up to the number of cores)
 """
 # A checkpoint fixes the first group and does not keep the second.
 FIXED = "layers", "d_model", "heads", "context", "arch", "vocab_size", "stream"
@@ -1571,24 +1500,22 @@ def make_parser():
     about = "Train a GPT on a text and sample from it. Without flags it does what the reference does."
     parser = Parser(prog="microgpt", usage="%(prog)s [flags]", description=about, allow_abbrev=False)
     for line in FLAGS.strip().split("\n"):
+        names, _, help = line.partition(" | ")
+        names, (help, _, default) = names.split(), help.partition(" = ")
         if not line.startswith(" "):
-            group = parser.add_argument_group(line)
-            continue
-        flag, help = line.split(" | ")
-        names, (help, *default) = flag.split(), help.split(" = ")
-        if len(names) == 1 and "=" in help:  # short for another flag with some value
-            target, value = help[len("short for --") :].split("=")
-            group.add_argument(*names, dest=target.replace("-", "_"), action="store_const",
-                               const=value if value.isalpha() else 0.0, help=help)
+            group = parser.add_argument_group(names.pop(0))
+        if "=" in help:  # short for another flag with some value
+            name, value = help[len("short for --") :].split("=")
+            more = {"dest": name.replace("-", "_"), "const": float(value) if value == "0" else value}
+            group.add_argument(*names, action="store_const", help=help, **more)
         elif len(names) == 1:
             group.add_argument(*names, action="store_true", help=help)
         else:
             *names, word = names
-            more = {"metavar": word, "type": KINDS.get(word, str)}
-            more = {"choices": CHOICES[word]} if word in CHOICES else more
-            more["action"] = "append" if word == "GLOB" else "store"
-            help += f" ({default[0]})" if default else ""
-            group.add_argument(*names, default=(default or [None])[0], help=help, **more)
+            more = {"choices": CHOICES.get(word)} if word in CHOICES else {"metavar": word}
+            more |= {"action": "append"} if word == "GLOB" else {"type": KINDS.get(word, str)}
+            help += f" ({default})" if default else ""
+            group.add_argument(*names, help=help, default=default or None, **more)
     parser.set_defaults(prompt="")
     return parser
 
@@ -1607,8 +1534,9 @@ def parse_args(argv):
     parser, run = make_parser(), None
     args = parser.parse_args(argv)
     if args.resume is not None:
-        run, corpus, given = load(args.resume), args.corpus, sys.argv[1:] if argv is None else argv
-        args = parser.parse_args([*as_argv(run.args), *given])
+        run, corpus = load(args.resume), args.corpus
+        parser.set_defaults(**vars(run.args))
+        args = parser.parse_args(argv)
         args.corpus, args.save = corpus or run.args.corpus, args.save or args.resume
         for name in FIXED:
             new, old = getattr(args, name), getattr(run.args, name)
@@ -1621,75 +1549,48 @@ def parse_args(argv):
 def check(args, run):
     """Refuse flags that do not go together, and files that cannot be written: better now than after hours."""
     if args.d_model % args.heads:
-        raise UserError(f"--heads {args.heads} does not divide --d-model {args.d_model}", 2)
+        raise UsageError(f"--heads {args.heads} does not divide --d-model {args.d_model}")
     if args.layers * 12 * args.d_model**2 + args.context * args.d_model > 10**9:
-        raise UserError("a model of more than a billion weights is too large for this program", 2)
-    if 0 < args.steps < args.warmup_steps:
-        raise UserError(f"--warmup-steps {args.warmup_steps} is longer than --steps {args.steps}", 2)
+        raise UsageError("a model of more than a billion weights is too large for this program")
     if args.workers > args.batch_size:
-        raise UserError(f"--workers {args.workers} is more than --batch-size {args.batch_size}", 2)
+        raise UsageError(f"--workers {args.workers} is more than --batch-size {args.batch_size}")
     if (args.div_warn, args.div_crit) != (None, None):
         args.val_fraction = args.val_fraction or 0.1
     if args.save and os.path.exists(args.save) and args.save != args.resume:
         load(args.save)  # only a checkpoint is replaced
-    for name, end in (("save", ""), ("plot", ".svg"), ("trace", ".jsonl")):
-        path = getattr(args, name)
-        if path is None or name == "save" and path == args.resume and run.step >= args.steps:
-            continue  # nothing will be written
-        if not path.endswith(end) or os.path.isdir(os.path.realpath(path)):
-            raise UserError(f"--{name} needs a file{end and f' *{end}'}, not {path!r}", 2)
-        with suppress(LookupError), replacing(path):
-            raise LookupError  # it could be replaced, but is not now
+    writes = not run or args.save != args.resume or run.step < args.steps
+    for name, end in ("save", ""), ("plot", ".svg"), ("trace", ".jsonl"):
+        path = getattr(args, name) if writes or name != "save" else None
+        if path is not None and (not path.endswith(end) or os.path.isdir(os.path.realpath(path))):
+            raise UsageError(f"--{name} needs a file{end and f' *{end}'}, not {path!r}")
+        if path is not None and not os.access(os.path.dirname(os.path.realpath(path)), os.W_OK):
+            raise UserError(f"cannot save {path}: nothing can be written in its folder")
 
 # The fastest settings depend on the machine and on the model, so --autotune tries them, each for a moment.
 
 def autotune(run, docs, seconds=30):
-    """Print the tokens a second for each choice of engine, batch size and workers, and the flags for the
-    best."""
-    args, engines, speeds = run.args, ["tensor", "vulkan"], {}
-    try:
-        gpu_matmuls()
-    except (UserError, RuntimeError) as error:
-        warn(f"note: --autotune leaves the GPU out: {error}")
-        engines.pop()
+    """Print the tokens a second for batch sizes and numbers of workers, and the flags for the best."""
+    args, speeds = run.args, {}
     counts = args.worker_counts or [2**i for i in range((os.cpu_count() or 1).bit_length())]
-    choices = product(engines, args.batch_sizes or [1, 4, 16], counts)
-    choices = [(engine, size, n) for engine, size, n in choices if n <= size]
+    choices = [(size, n) for size in args.batch_sizes or [1, 4, 16] for n in counts if n <= size]
     if not choices:
-        raise UserError("--autotune has nothing to try: a worker needs a document of the batch", 2)
-    print(f"{'engine':8} batch size  workers  tokens/s")
-    for choice in choices:
-        args.engine, size, n = choice
-        workers = Workers(n, ENGINES[args.engine], run.model) if n > 1 else None
-        batch, times = batch_at(run, docs, size), []
+        raise UsageError("--autotune has nothing to try: a worker needs a document of the batch")
+    print("batch size  workers  tokens/s")
+    for size, n in choices:
+        workers, batch, times = Workers(n, ENGINES[args.engine], run.model), batch_at(run, docs, size), []
         try:
             while len(times) < 3 or times[-1] - times[1] < seconds / len(choices):  # the first only warms up
-                compute(run, batch, workers)
+                workers.loss_and_grads(run.config, run.weights, batch)
                 times.append(time.perf_counter())
         finally:
-            if workers:
-                workers.stop()
-        speeds[choice] = count_predictions(batch) * (len(times) - 2) / (times[-1] - times[1])
-        print("{:8} {:10d} {:8d} {:9.0f}".format(*choice, speeds[choice]), flush=True)
-    print("the fastest: --engine {} --batch-size {} --workers {}".format(*max(speeds, key=speeds.get)))
+            workers.stop()
+        speeds[size, n] = count_predictions(batch) * (len(times) - 2) / (times[-1] - times[1])
+        print(f"{size:10d} {n:8d} {speeds[size, n]:9.0f}", flush=True)
+    print("the fastest: --batch-size {} --workers {}".format(*max(speeds, key=speeds.get)))
 
 class Signals:
-    """SIGINT, SIGTERM and SIGHUP: in training, the first one lets the step end; any other ends the run at
-    once."""
-
+    """In training, the first signal lets the step end; any other ends the run at once."""
     caught, training = 0, False
-
-    def __enter__(self):
-        self.before = {}
-        if threading.current_thread() is threading.main_thread():  # only it can handle signals
-            for number in STOPS:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup does
-                    self.before[number] = signal.signal(number, self.catch)
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
     def catch(self, number, frame):
         if self.caught:
@@ -1700,31 +1601,15 @@ class Signals:
         if sys.stderr.isatty():
             os.write(2, b"\nmicrogpt: finishing this step; a second time ends at once\n")
 
-def prepare(args, run):
-    """Print what there is to learn from. Return the Run, a new one if it is None, the documents to train on,
-    and the token lists to validate on."""
-    rng = random.Random(args.seed)
-    docs, held_out = load_corpus(args, rng)
-    print(f"num docs: {len(docs)}")
-    tokenizer, docs = tokenize(args, run and run.tokenizer, docs, held_out)
-    print(f"vocab size: {tokenizer.vocab_size}")
-    run = run or Run(args, tokenizer, MODELS[args.arch][2](config_of(args, tokenizer), rng), rng)
-    print(f"num params: {sum(len(row) for (row,) in rows_of(run.weights))}")
-    if args.stream and len(docs[0]) <= args.context:
-        raise UserError(f"a stream of {len(docs[0])} tokens is too short for a context of {args.context}")
-    check_characters(tokenizer, args.prompt + (args.explain or ""))
-    return run, docs, held_out_batch(args, tokenizer, held_out)
-
 def show(run):
     """Print the samples and what --explain asks for."""
-    args = run.args
+    args, edge = run.args, [] if run.args.stream else [run.tokenizer.bos]
     print()
     if args.samples:
         print(f"--- inference (new, hallucinated {'text' if args.stream else 'names'}) ---")
     for i in range(args.samples):
         print(f"sample {i + 1:2d}: {generate(run, run.rng)}")
     if args.explain is not None:
-        edge = [] if args.stream else [run.tokenizer.bos]
         ids = edge + run.tokenizer.encode(args.explain) + edge
         if len(ids) < 2:
             raise UserError("--explain needs two tokens at least")
@@ -1737,39 +1622,41 @@ def main(argv=None):
         if hasattr(stream, "reconfigure"):  # a character that a terminal lacks must not end a run
             stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, stream)
-    run, message, status, collecting = None, None, 0, gc.isenabled()
+    run, message, status, signals, handlers, collecting = None, "", 1, Signals(), {}, gc.isenabled()
+    if threading.current_thread() is threading.main_thread():  # only it can handle signals
+        caught = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]  # as by nohup
+        handlers = {number: signal.signal(number, signals.catch) for number in caught}
     gc.disable()  # nothing here makes reference cycles, so the collector would find nothing
-    with Signals() as signals:
+    try:
         try:
-            try:
-                args, run = parse_args(argv)
-                run, docs, held_out = prepare(args, run)
-                if args.autotune:
-                    autotune(run, docs)
-                else:
-                    train(run, docs, held_out, signals)
-                    show(run)
-            finally:
-                sys.stdout.flush()
-        except KeyboardInterrupt:
-            saved, status = run.saved if run else "nothing was saved", 128 + signals.caught
-            message = f"interrupted: {saved}"
-        except UserError as error:
-            message, status = f"error: {error.args[0]}", (*error.args, 1)[1]
-        except MemoryError:
-            message, status = "error: there is not enough memory for this corpus and model", 1
-        except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again on exit
-            message, status = f"error: cannot write the output: {error.strerror}", 1
-            if isinstance(error, BrokenPipeError):  # whoever read the output has gone, as `head` does
-                message = None
-        if message:
-            if run and args.save and status == 1:
-                message += f"; {run.saved}"
-            message = "".join(char if char.isprintable() else " " for char in f"microgpt: {message}")
-            with suppress(OSError):
-                print("\n" * sys.stderr.isatty() + message, file=sys.stderr, flush=True)
+            args, run = parse_args(argv)
+            run, docs, held_out = prepare(args, run)
+            if args.autotune:
+                autotune(run, docs)
+            else:
+                train(run, docs, held_out, signals)
+                show(run)
+        finally:
+            sys.stdout.flush()
+        status = 0
+    except KeyboardInterrupt:
+        message, status = f"interrupted: {run.saved if run else 'nothing was saved'}", 128 + signals.caught
+    except (RuntimeError, ArithmeticError) as error:
+        message, status = f"error: {error}", getattr(error, "status", 1)
+    except MemoryError:
+        message = "error: there is not enough memory for this corpus and model"
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again on exit
+        if not isinstance(error, BrokenPipeError):  # whoever read the output has gone, as `head` does
+            message = f"error: cannot write the output: {error.strerror}"
+    if message:
+        message += f"; {run.saved}" if run and args.save and status == 1 else ""
+        with suppress(OSError):
+            printable = "".join(char if char.isprintable() else " " for char in message)
+            print("\n" * sys.stderr.isatty() + f"microgpt: {printable}", file=sys.stderr, flush=True)
     tape.clear()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if collecting:
         gc.enable()
     return status

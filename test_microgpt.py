@@ -739,7 +739,7 @@ class TestWithoutGPU(Files):
         with unittest.mock.patch("ctypes.CDLL", side_effect=OSError):
             status, _, errors = self.main("--vulkan")
         self.assertEqual((status, errors.count("\n")), (1, 1))
-        self.assertRegex(errors, "^microgpt: error: the GPU cannot go on: no Vulkan loader")
+        self.assertRegex(errors, "^microgpt: error: no Vulkan loader")
         done = self.run_script("--vulkan", script=shutil.copy(SCRIPT, "alone.py"), env={"PYTHONPATH": ""})
         self.assertEqual(done.stderr, "microgpt: error: --vulkan needs vulkan_gemm.py beside microgpt.py\n")
         self.assertEqual(done.returncode, 1)
@@ -876,7 +876,7 @@ class TestVulkan(Files):
             with unittest.mock.patch.dict(os.environ, MICROGPT_VULKAN_DEVICE=index):
                 status, _, errors = self.main("--vulkan", "--steps", "1")
             self.assertEqual((status, errors.count("\n")), (1, 1))
-            self.assertRegex(errors, "^microgpt: error: the GPU cannot go on: .*MICROGPT_VULKAN_DEVICE")
+            self.assertRegex(errors, "^microgpt: error: .*MICROGPT_VULKAN_DEVICE")
 
 
 # 13. All the cores ----------------------------------------------------------------------------------------
@@ -1475,8 +1475,7 @@ class TestCheckpoints(Runs):
         fields, merges = header["__metadata__"], [[26 + i, 26 + i] for i in range(60)]
         bad = {name: ["", "null", '"x"', "[" * 5000, "1e999", "NaN", "[[0, 1]]"] for name in fields}
         bad["step"] += ["[]", "{}", "-1"]
-        bad["seen"] += ["[]", "{}"]
-        bad["recent"] += ["[]", "{}", "2"]
+        bad["recent"] += ["[[]]", "2", '["x"]']
         bad["random"] += ["[]", "{}", "2", "[1, 2, 3]", "[3, [1, 2], null]"]
         bad["characters"] += ["[]", "2", '"ba"', '"aa"', '"abc"']
         bad["merges"] += map(json.dumps, ([[0, 99]], [[0]], [[-1, 0]], [["a", "b"]], [[0, 0]] + merges, 2, [1, 2, 3]))
@@ -1511,7 +1510,7 @@ class TestCheckpoints(Runs):
                 status, out, errors = self.main(*"--resume run --steps 0 --samples 0".split())
                 if status or not kind.startswith("flipped"):
                     self.assertEqual((status, errors.count("\n"), out), (1, 1, ""))
-                    self.assertRegex(errors, "^microgpt: error: .*run.* is not a ")
+                    self.assertRegex(errors, "^microgpt: error: cannot read run: ")
 
     def test_a_checkpoint_is_on_the_disk_before_it_takes_its_place(self):
         events, replace = [], os.replace
@@ -1634,7 +1633,7 @@ class TestInterruptions(Runs):
         process.stdout.close()
         self.assertEqual((process.wait(), process.stderr.read()), (1, b""))
         at = self.saved_step()
-        self.assertGreaterEqual(at, 50)
+        self.assertGreaterEqual(at, 49)  # the step whose line could not be printed is not made
         self.assertGoesOn(at)
         os.remove("run")
         script = self.driver(LIMIT.format(40000) + "sys.exit(microgpt.main())")
@@ -1945,15 +1944,13 @@ class TestTrace(Commands):
         self.file("run.jsonl", '{"step": 1, "of": "another run"}\n')
         out, lines = self.printed(flags), self.trace()
         self.assertEqual(losses(out), [f"{line['loss']:.4f}" for line in lines])
-        docs, seen = microgpt.read_documents("input.txt"), 0
+        docs = microgpt.read_documents("input.txt")
         tokenizer = CharTokenizer(docs)
         random.Random(7).shuffle(docs)
         for step, line in enumerate(lines):
             batch = [docs[(3 * step + i) % 5] for i in range(3)]
             self.assertEqual((line["step"], line["documents"]), (step + 1, batch))
             self.assertEqual(line["tokens"], [[tokenizer.bos, *tokenizer.encode(doc), tokenizer.bos] for doc in batch])
-            seen += sum(len(doc) + 1 for doc in batch)
-            self.assertEqual(line["tokens_so_far"], seen)
             self.assertAlmostEqual(line["learning_rate"], 0.01 * min((step + 1) / 4, 1 - (step - 4) / 8), 15)
 
     def test_the_gradients_are_those_of_the_first_step_before_clipping(self):
@@ -2296,14 +2293,14 @@ class TestCommandLine(Commands):
         for status, pattern, flags in (
             (1, "cannot read missing.txt", "--corpus missing.txt"),
             (1, r"cannot read nothing-\*.txt", "--corpus nothing-*.txt"),
-            (1, "no text in empty.txt$", "--corpus empty.txt"),
-            (1, "no text in empty.txt$", "--corpus empty.txt --stream"),
-            (1, "no text in blank.txt$", "--corpus blank.txt"),
-            (1, "latin.txt is not UTF-8", "--corpus latin.txt"),
+            (1, "too little text in empty.txt$", "--corpus empty.txt"),
+            (1, "too little text in empty.txt$", "--corpus empty.txt --stream"),
+            (1, "too little text in blank.txt$", "--corpus blank.txt"),
+            (1, "cannot read latin.txt: 'utf-8' codec can't decode byte 0xe9", "--corpus latin.txt"),
             (1, "cannot read folder.svg", "--corpus folder.svg"),
             (1, "too short for a context of 16", "--corpus short.txt --stream"),
-            (1, "too small to hold a part of it out", "--corpus short.txt --val-fraction 0.1"),
-            (1, "too small to hold a part of it out", "--corpus 5.txt --stream --context 2 --val-fraction 0.1"),
+            (1, "too little text in short.txt$", "--corpus short.txt --val-fraction 0.1"),
+            (1, "too short for a context of 2", "--corpus 5.txt --stream --context 2 --val-fraction 0.1"),
             *[(1, "cannot read /dev/zero", "--corpus /dev/zero")] * os.path.exists("/dev/zero"),
             (1, "the character 'É'", "--prompt É"),
             (1, "the character 'x'", "--explain x"),
@@ -2320,7 +2317,6 @@ class TestCommandLine(Commands):
               for flag in "--beta1 --beta2 --val-fraction".split()],
             (2, "--eps", "--eps 0"),
             (2, "--warmup-steps", "--warmup-steps -1"),
-            (2, "--warmup-steps 9 .*--steps 5", "--steps 5 --warmup-steps 9"),
             (2, "--workers 2 .*--batch-size 1", "--workers 2"),
             *[(2, f"{flag}.*invalid choice", f"{flag} gpt5") for flag in names],
             (2, "more than a billion weights", "--d-model 99999 --heads 1"),
@@ -2332,7 +2328,7 @@ class TestCommandLine(Commands):
             *[(2, "--batch-sizes", f"--autotune --batch-sizes={list}") for list in ("0", "a", "1,,2", "", "1.5", "-1")],
             (2, "nothing to try", "--autotune --batch-sizes=1,2 --worker-counts=4"),
             (2, "--plot", "--plot input.txt"), (2, "--trace", "--trace run.svg"), (2, "--plot", "--plot="),
-            (2, "--plot", "--plot folder.svg"), (2, "--trace", "--trace folder.jsonl"), (1, r"\. ", "--save ."),
+            (2, "--plot", "--plot folder.svg"), (2, "--trace", "--trace folder.jsonl"), (1, r"cannot read \.", "--save ."),
             (2, "--save", "--save="), (1, "input.txt", "--save input.txt"), (1, "missing", "--resume missing"),
             (1, "input.txt", "--resume input.txt"), (1, "''|cannot read", "--resume="),
             *[(1, "cannot save nowhere/a", f"{flag} nowhere/a{end}")
@@ -2369,7 +2365,7 @@ sys.exit(microgpt.main())
 """)
         flags = "--schedule constant --samples 0 --save"
         done = self.run_script("--vulkan", *flags.split(), "run", script=driver)
-        line = r"^microgpt: error: the GPU cannot go on: the device is lost; step (\d+) is saved in run\n$"
+        line = r"^microgpt: error: the device is lost; step (\d+) is saved in run\n$"
         self.assertRegex(done.stderr, line)
         self.printed(f"{flags} same --steps {re.match(line, done.stderr)[1]}")
         self.assertEqual(self.weights("same"), self.weights())
@@ -2412,7 +2408,7 @@ class TestTerminal(Commands):
         with tempfile.TemporaryFile() as out, subprocess.Popen(command, stdout=out, stderr=end) as process:
             os.close(end)
             self.addCleanup(process.kill)
-            while not re.search(rb"\d steps/s, \d+ tokens/s, \d+:\d\d left", shown):
+            while not re.search(rb"\d steps/s, \d+:\d\d left", shown):
                 shown += os.read(terminal, 10000)
             process.send_signal(signal.SIGINT)
             with contextlib.suppress(OSError):  # nobody is at the other end any more
@@ -2476,16 +2472,14 @@ class TestAutotune(Commands):
         done = self.run_script(*self.FLAGS, *flags, script=self.quick)
         self.assertEqual(done.returncode, 0, done.stderr)
         table, fastest = done.stdout.partition("tokens/s\n")[2].split("the fastest: ")
-        return {tuple(row.split()[:3]): int(row.split()[3]) for row in table.splitlines()}, fastest.split()
+        return {tuple(row.split()[:2]): int(row.split()[2]) for row in table.splitlines()}, fastest.split()
 
     def test_it_tries_every_choice_and_ends_with_the_fastest(self):
         self.printed("--steps 1 --samples 0 --save run")
         before = self.content("run")
         speeds, fastest = self.tune("--save", "new")
-        engines = ["tensor"] + ["vulkan"] * (count_devices() > 0)
-        choices = [(engine, *rest) for engine in engines for rest in (("1", "1"), ("2", "1"), ("2", "2"))]
-        self.assertEqual(list(speeds), choices)
-        self.assertEqual(fastest[::2], ["--engine", "--batch-size", "--workers"])
+        self.assertEqual(list(speeds), [("1", "1"), ("2", "1"), ("2", "2")])
+        self.assertEqual(fastest[::2], ["--batch-size", "--workers"])
         self.assertEqual(speeds[tuple(fastest[1::2])], max(speeds.values()))
         done = self.run_script("--steps", "1", "--samples", "1", *fastest)  # as pasted
         self.assertEqual((done.returncode, done.stderr), (0, ""))
@@ -2500,8 +2494,8 @@ class TestAutotune(Commands):
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate()
         self.assertEqual(process.returncode, 130)
-        self.assertRegex(rows[-1], rb"^tensor +1 +1 +\d+\n$")
-        self.assertRegex(errors, rb"^(microgpt: note: [^\n]*\n)?microgpt: interrupted: nothing was saved\n$")
+        self.assertRegex(rows[-1], rb"^ +1 +1 +\d+\n$")
+        self.assertRegex(errors, rb"^microgpt: interrupted: nothing was saved\n$")
 
 
 # README ---------------------------------------------------------------------------------------------------
@@ -2535,16 +2529,15 @@ EXERCISES = {  # number -> edits of the source, flags
 }
 
 # Each mistake of the porting section, in its order: what of part one is replaced, and by what.
-CORRECTION = " / (1 - beta{} ** (step + 1))"
 MISTAKES = [
     [("add_up(losses) / len(losses)", "add_up(losses)")],
     [("tokenizer.encode(doc) + [tokenizer.bos]", "tokenizer.encode(doc)")],
     [("    x = x.rmsnorm()", "    x = x")],
     [(" / math.sqrt(size) for key in keys", " for key in keys")],
     [("(dot(row, row) / len(row) + 1e-5)", "(dot(row, row) / len(row))")],
-    [(CORRECTION.format(1), ""), (CORRECTION.format(2), "")],
+    [(" / m_share", ""), (" / v_share", "")],
     [("(1.0 if self.data > 0 else 0.0,)", "(1.0,)")],
-    [("(math.sqrt(v_hat) + eps)", "(math.sqrt(square[i]) + eps) * math.sqrt(1 - beta2 ** (step + 1))")],
+    [("(math.sqrt(v_hat) + eps)", "(math.sqrt(square[i]) + eps) * math.sqrt(v_share)")],
     [("(1 - step / steps)", "(1 - (step + 1) / steps)")],
     [("beta1=0.85", "beta1=0.9")],
     [("beta2=0.99", "beta2=0.999")],
