@@ -991,8 +991,8 @@ def reporting(what):
     try:
         yield
     except Exception as error:  # a damaged file can lead to any
-        reason = error if isinstance(error, (UserError, ValueError)) else repr(error)
-        raise UserError(f"{what}: {getattr(error, 'strerror', None) or reason}") from None
+        reason = str(error) if isinstance(error, (UserError, ValueError)) else repr(error)
+        raise UserError(f"{what[:100]}: {getattr(error, 'strerror', None) or reason[:100]}") from None
 
 def require(condition, what):
     """Raise a ValueError that says what is wrong, unless the condition holds."""
@@ -1024,7 +1024,8 @@ def write_safetensors(path, tensors, metadata):
     header, end = {"__metadata__": metadata}, 0
     for name, rows in tensors.items():
         start, end = end, end + 8 * len(rows) * len(rows[0])
-        header[name] = {"dtype": "F64", "shape": [len(rows), len(rows[0])], "data_offsets": [start, end]}
+        shape = [len(rows), len(rows[0])] if len(rows) > 1 else [len(rows[0])]  # a gain or bias is a vector
+        header[name] = {"dtype": "F64", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as file:
@@ -1037,19 +1038,20 @@ def read_safetensors(path):
     any numbers are read."""
     require(os.path.isfile(path) or not os.path.exists(path), "it is not a file")
     with open(path, "rb") as file:
-        size, length = os.stat(path).st_size - 8, int.from_bytes(file.read(8), "little")
+        size, length = os.fstat(file.fileno()).st_size - 8, int.from_bytes(file.read(8), "little")
         require(length <= size, "it is cut short, or no .safetensors file")
-        header, tensors, end = json.loads(file.read(length)), {}, 0
-        metadata = header.pop("__metadata__")
+        header, places, end = json.loads(file.read(length)), {}, 0
+        metadata = header.pop("__metadata__", {})
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            rows, columns = entry["shape"]
-            require(type(rows) is type(columns) is int and 0 < min(rows, columns), f"the shape of {name}")
-            kind = {"F32": "f", "F64": "d"}[entry["dtype"]]
-            start, end = end, end + rows * columns * struct.calcsize(kind)
-            require(entry["data_offsets"] == [start, end] and end <= size - length, f"the place of {name}")
-            tensors[name] = f"<{columns}{kind}", end - start
-        require(end == size - length, "its size")
-        for name, (row, length) in tensors.items():
+            shape, dtype = entry["shape"], entry["dtype"]
+            require(dtype in ("F32", "F64"), f"it holds {dtype}; F32 and F64 are read")
+            require(len(shape) in (1, 2) and all(type(n) is int and n > 0 for n in shape), f"shape {shape}")
+            start, end = end, end + math.prod(shape) * int(dtype[1:]) // 8
+            require(entry["data_offsets"] == [start, end], f"{name} is out of place")
+            places[name] = f"<{shape[-1]}{'f' if dtype == 'F32' else 'd'}", end - start
+        require(end == size - length, "it is cut short, or too long")
+        tensors = {}
+        for name, (row, length) in places.items():
             tensors[name] = [list(numbers) for numbers in struct.iter_unpack(row, file.read(length))]
             require(all(map(math.isfinite, chain(*tensors[name]))), f"{name} has a number that is not finite")
     return tensors, metadata
@@ -1079,37 +1081,45 @@ class Run:
             tensors["optimizer.v." + name] = self.v[name]
         if not all(all(map(math.isfinite, row)) for (row,) in rows_of(tensors)):
             raise ArithmeticError(f"the weights have overflowed after step {self.step}: try a lower --lr")
-        fields = {"flags": as_argv(self.args), "characters": "".join(self.tokenizer.ids),
-                  "merges": self.tokenizer.merges, "step": self.step, "recent": self.recent,
-                  "random": self.rng.getstate()}
-        metadata = {name: json.dumps(value) for name, value in fields.items()}
+        characters, merges = "".join(self.tokenizer.ids), self.tokenizer.merges
+        values = as_argv(self.args), characters, merges, self.step, self.recent, self.rng.getstate()
+        metadata = {name: json.dumps(value) for name, value in zip(FIELDS, values)}
+        metadata.update(format="pt", config=json.dumps(vars(self.config)))  # for other programs
         write_safetensors(self.args.save, tensors, metadata)
         self.saved = f"step {self.step} is saved in {self.args.save}"
+
+FIELDS = "flags", "characters", "merges", "step", "recent", "random"  # of the metadata
 
 def load(path):
     """Return the Run in a checkpoint. Raises UserError if the file is not a whole one."""
     with reporting(f"cannot read {path}"):
         tensors, metadata = read_safetensors(path)
-        fields = {name: json.loads(text) for name, text in metadata.items()}
-        require(all(flag.startswith("--") and flag != "--help" for flag in fields["flags"]), "flags")
-        args = make_parser().parse_args(fields["flags"])
-        require(set(fields["flags"]) <= set(as_argv(args)) and args.layers <= len(tensors), "flags")
-        tokenizer = BPETokenizer(fields["characters"], fields["merges"])
-        require("".join(tokenizer.ids) == fields["characters"], "characters")
-        version, numbers, gauss = fields["random"]
-        rng = random.Random()
-        rng.setstate((version, tuple(numbers), gauss))
+        for name in FIELDS:
+            require(name in metadata, f"it was not saved by this program: no {name} in its metadata")
+        flags, characters, merges, step, recent, state = [json.loads(metadata[name]) for name in FIELDS]
+        require(all(flag.startswith("--") and flag != "--help" for flag in flags), "its flags")
+        args = make_parser().parse_args(flags)
+        require(set(flags) <= set(as_argv(args)) and args.layers <= len(tensors), "its flags")
+        lengths, total = [1] * len(characters), 0
+        for left, right in merges:
+            lengths.append(lengths[left] + lengths[right])
+            total += lengths[-1]
+            require(min(left, right) >= 0 and total <= 5 * 10**7, "its merges")  # a few can make vast texts
+        tokenizer, rng = BPETokenizer(characters, merges), random.Random()
+        require("".join(tokenizer.ids) == characters, "its characters")
+        rng.setstate((state[0], tuple(state[1]), state[2]))
         weights = {name: rows for name, rows in tensors.items() if not name.startswith("optimizer.")}
         run = Run(args, tokenizer, rng, weights)
         if len(tensors) > len(weights):  # a file of weights alone has no running means
-            run.m = {name: tensors["optimizer.m." + name] for name in weights}
-            run.v = {name: tensors["optimizer.v." + name] for name in weights}
+            run.m = {name: tensors.pop("optimizer.m." + name) for name in weights}
+            run.v = {name: tensors.pop("optimizer.v." + name) for name in weights}
         for part in weights, run.m, run.v:
             found = {name: (len(rows), len(rows[0])) for name, rows in part.items()}
-            require(found == run.shapes(run.config), "the matrices are not those of its model")
-        require(all(min(row) >= 0 for (row,) in rows_of(run.v)), "a mean of squares below 0")
-        run.step, run.recent = int(fields["step"]), list(map(float, fields["recent"]))
-        require(run.step >= 0, "step")
+            require(found == run.shapes(run.config), "its matrices are not those of its model")
+        require(all(min(row) >= 0 for (row,) in rows_of(run.v)), "a mean of squares is below 0")
+        require(len(tensors) == len(weights), "its matrices are not those of its model")
+        run.step, run.recent = int(step), list(map(float, recent))
+        require(0 <= run.step < 10**12 and all(map(math.isfinite, run.recent)), "its step or losses")
         run.saved = f"step {run.step} is saved in {path}"
         return run
 
@@ -1278,7 +1288,7 @@ def load_corpus(args, rng):
     whole = docs[0] if args.stream else docs
     cut = len(whole) - (max(1, round(len(whole) * args.val_fraction)) if args.val_fraction else 0)
     if cut < 1:
-        raise UserError(f"there is too little text in {', '.join(sorted(paths))}")
+        raise UserError(f"there is too little text in {', '.join(sorted(paths))[:100]}")
     docs, held_out = whole[:cut], whole[cut:]
     return ([docs], [held_out] if held_out else []) if args.stream else (docs, held_out)
 
@@ -1422,7 +1432,7 @@ class UsageError(UserError):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises its errors."""
     def error(self, message):
-        raise UsageError(message)
+        raise UsageError(message if len(message) < 160 else message[:100] + "...")
 
 def warn(message):
     """Print a line about something that does not end the run."""
@@ -1434,14 +1444,15 @@ def number(kind, low, high):
         with suppress(ValueError):
             if low <= kind(text) < high:
                 return kind(text)
-        what = f"must be a {'whole ' * (kind is int)}number from {low} to below {high:g}, not {text!r}"
+        what = f"must be a {'whole ' * (kind is int)}number from {low} to below {high:g}, not {text[:100]!r}"
         raise argparse.ArgumentTypeError(what)
     return parse
 
 # The type of a flag, by the word that stands for its value in the table.
 KINDS = {"N": number(int, 0, 10**12), "COUNT": number(int, 1, 10**9), "MERGES": number(int, 0, 10**5),
          "SEED": number(int, -(10**12), 10**12), "X": number(float, 0, math.inf),
-         "PCT": number(float, 0, math.inf), "SHARE": number(float, 0, 1), "TINY": number(float, 1e-20, math.inf),
+         "PCT": number(float, 0, math.inf), "SHARE": number(float, 0, 1),
+         "TINY": number(float, 1e-20, math.inf),
          "LIST": lambda text: [KINDS["COUNT"](part) for part in text.split(",")]}
 CHOICES = {"ARCH": list(MODELS), "OPTIMIZER": list(OPTIMIZERS), "ENGINE": list(ENGINES),
            "SCHEDULE": ["linear", "cosine", "constant"]}
@@ -1542,6 +1553,9 @@ def parse_args(argv):
             new, old = getattr(args, name), getattr(run.args, name)
             if new != old:
                 parser.error(f"--{name.replace('_', '-')} {new} contradicts {args.resume}, which has {old}")
+        if args.optimizer != run.args.optimizer:
+            warn(f"note: {args.optimizer} starts anew, without the running means of {run.args.optimizer}")
+            run.m, run.v = zeros(run.weights), zeros(run.weights)
         run.args = args
     check(args, run)
     return args, run
@@ -1562,9 +1576,9 @@ def check(args, run):
     for name, end in ("save", ""), ("plot", ".svg"), ("trace", ".jsonl"):
         path = getattr(args, name) if writes or name != "save" else None
         if path is not None and (not path.endswith(end) or os.path.isdir(os.path.realpath(path))):
-            raise UsageError(f"--{name} needs a file{end and f' *{end}'}, not {path!r}")
+            raise UsageError(f"--{name} needs a file{end and f' *{end}'}, not {path[:100]!r}")
         if path is not None and not os.access(os.path.dirname(os.path.realpath(path)), os.W_OK):
-            raise UserError(f"cannot save {path}: nothing can be written in its folder")
+            raise UserError(f"cannot save {path[:100]}: nothing can be written in its folder")
 
 # The fastest settings depend on the machine and on the model, so --autotune tries them, each for a moment.
 

@@ -1466,16 +1466,16 @@ class TestCheckpoints(Runs):
             yield f"header {text[:40]}", pack(text, data)
         for key, values in {
             "dtype": (None, 1, "F64x", "BF16", "F32", [], {"a": 1}),
-            "shape": (None, 1, "F64", [], [4], [4, 4, 1], [0, 4], [-4, -4], [4.0, 4], ["4", 4], [True, 16], [[4], 4],
+            "shape": (None, 1, "F64", [], [4], [16], ["x" * 1000, 1000000], [4, 4, 1], [0, 4], [-4, -4], [4.0, 4], ["4", 4], [True, 16], [[4], 4],
                       [4, 10**18], [0, 2**63], [2, 8], [16, 1], [4, 5], {"a": 1}),
             "data_offsets": (None, 1, "x", [], [1], [0, 0], [0, 1, 2], [8, 136], [-128, 0], [0.5, 1], [0, 2**63], {"a": 1}),
         }.items():
             for value in values:
                 yield f"{key} {value}", pack({**header, "wpe": {**header["wpe"], key: value}}, data)
         fields, merges = header["__metadata__"], [[26 + i, 26 + i] for i in range(60)]
-        bad = {name: ["", "null", '"x"', "[" * 5000, "1e999", "NaN", "[[0, 1]]"] for name in fields}
-        bad["step"] += ["[]", "{}", "-1"]
-        bad["recent"] += ["[[]]", "2", '["x"]']
+        bad = {name: ["", "null", '"x"', "[" * 5000, "1e999", "NaN", "[[0, 1]]"] for name in microgpt.FIELDS}
+        bad["step"] += ["[]", "{}", "-1", "1" + "0" * 99]
+        bad["recent"] += ["[[]]", "2", '["x"]', "[NaN]", "[1e999]"]
         bad["random"] += ["[]", "{}", "2", "[1, 2, 3]", "[3, [1, 2], null]"]
         bad["characters"] += ["[]", "2", '"ba"', '"aa"', '"abc"']
         bad["merges"] += map(json.dumps, ([[0, 99]], [[0]], [[-1, 0]], [["a", "b"]], [[0, 0]] + merges, 2, [1, 2, 3]))
@@ -1535,6 +1535,53 @@ class TestCheckpoints(Runs):
             self.assertEqual(sorted(os.listdir()), ["input.txt", "real", "run"])
             self.saved()
 
+    def test_running_means_of_another_optimizer_are_not_used(self):
+        self.saved("--optimizer", "momentum")  # leaves v = 0, by which adam would divide
+        flags = "--resume run --steps 20 --samples 0 --schedule constant --trace run.jsonl".split()
+        status, _, errors = self.main(*flags, "--optimizer", "adam")
+        line = "microgpt: note: adam starts anew, without the running means of momentum\n"
+        self.assertEqual((status, errors), (0, line))
+        self.assertLess(max(json.loads(line)["loss"] for line in self.content("run.jsonl").splitlines()), 6)
+        self.assertEqual(self.main(*flags)[::2], (0, ""))  # from now on it is adam's
+
+    def test_what_other_programs_need_to_know_of_a_file(self):
+        for arch, flags in (("microgpt", ""), ("gpt2", "--layers 2 --d-model 8 --heads 2 --context 12")):
+            header, data = unpack(self.saved("--arch", arch, *flags.split()))
+            metadata, config = header["__metadata__"], Config(26, 1, 16, 4, 16)
+            if arch == "gpt2":
+                config = Config(26, 2, 8, 2, 12)
+            self.assertEqual((metadata["format"], json.loads(metadata["config"])), ("pt", vars(config)))
+            for name, (rows, columns) in microgpt.MODELS[arch][1](config).items():
+                self.assertEqual(header[name]["shape"], [rows, columns] if rows > 1 else [columns])
+            header["__metadata__"]["of another program"] = "{["
+            self.file("run", pack(header, data))
+            self.assertEqual(self.main(*"--resume run --steps 0 --samples 1".split())[::2], (0, ""))
+            os.remove("run")
+
+    def test_a_foreign_file_is_refused_with_what_is_wrong(self):
+        header, data = unpack(self.saved())
+        tensors, metadata = microgpt.read_safetensors("run")
+        one_sided = {name: rows for name, rows in tensors.items() if "optimizer.v" not in name}
+        microgpt.write_safetensors("one-sided", one_sided, metadata)
+        for pattern, file in (
+            ("it holds BF16; F32 and F64 are read", pack({**header, "wpe": {**header["wpe"], "dtype": "BF16"}}, data)),
+            ("it was not saved by this program: no flags in its metadata", pack({"a": header["wte"]}, data[: header["wte"]["data_offsets"][1]])),
+            ("it is cut short", pack(header, data[:-8])), ("not a file", None),
+            ("optimizer.v.wte", self.content("one-sided")), ("", pack({"x" * 100_000: 1}, data)),
+            ("", pack({**header, "wpe": {**header["wpe"], "dtype": "x" * 100_000}}, data)),
+        ):
+            os.remove("run")
+            if file:
+                self.file("run", file)
+            else:
+                os.mkdir("run")
+            status, _, errors = self.main("--resume", "run")
+            self.assertRegex(errors, f"^microgpt: error: cannot read run: .*{pattern}")
+            self.assertEqual((status, errors.count("\n"), len(errors) < 250), (1, 1, True))
+            if not file:
+                os.rmdir("run")
+                self.file("run", "")
+
     def test_what_must_not_or_cannot_be_replaced_is_refused_before_the_first_step(self):
         names = self.content("input.txt")
         places = [os.path.join("no", "such", "folder", "x"), self.folder.name, "input.txt"]
@@ -1586,6 +1633,26 @@ class TestInterruptions(Runs):
             time.sleep(rng.uniform(0, 0.01))  # any moment will do
             process.kill()
             process.communicate()
+        self.assertGoesOn(self.saved_step())
+
+    def test_samplers_and_other_trainers_leave_a_trainer_and_its_file_alone(self):
+        trainers = [self.start("--save-every", "1", "--save", "run", "--seed", seed) for seed in "1"]
+        self.read_until(trainers[0], b"step +5 ")
+        trainers.append(self.start("--save-every", "1", "--save", "run", "--seed", "2"))
+        self.read_until(trainers[1], b"step +5 ")
+        drained = [threading.Thread(target=process.stdout.read) for process in trainers]  # so that they go on
+        for thread in drained:
+            thread.start()
+        for _ in range(10):
+            status, out, errors = self.main(*"--resume run --steps 0 --samples 1".split())
+            self.assertEqual((status, errors), (0, ""), out)
+        self.assertEqual([process.poll() for process in trainers], [None, None])
+        for process, thread in zip(trainers, drained):
+            process.terminate()
+            process.wait()
+            thread.join()
+        self.assertEqual([process.returncode for process in trainers], [143, 143])
+        self.assertEqual(sorted(os.listdir()), ["input.txt", "run"])
         self.assertGoesOn(self.saved_step())
 
     def test_a_signal_in_training_ends_the_step_and_saves(self):
@@ -2336,6 +2403,9 @@ class TestCommandLine(Commands):
         ):
             with self.subTest(flags=flags[:50]):
                 self.assertRefused(status, pattern, *flags.split())
+        for flags in ("--lr", "--save-every", "--arch", "--nonsense", "--resume", "--corpus", "--plot"):
+            status, _, errors = self.main(flags, "7" * 5000)  # at most 100 characters are quoted
+            self.assertEqual((status in (1, 2), errors.count("\n"), "7" * 101 in errors), (True, 1, False), flags)
         self.assertRefused(1, "cannot read no such", "--corpus", "no\nsuch")
         self.assertRefused(2, "unrecognized arguments: --a b", "--a\nb")
         self.assertEqual(len(os.listdir()), 8)  # and nothing was written
