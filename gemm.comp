@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 //
-// C = op(A) op(B) in float32, for matrices of any size, many products at once.
+// C = op(A) op(B) in float32, for matrices of any size.
 //
 // This program runs once for each *invocation* (a GPU thread). 16 x 16 invocations form a *workgroup*; a
 // workgroup makes one 64 x 64 block of C, and each of its invocations a 4 x 4 block within that. The host
-// starts as many workgroups as it takes to cover C, and as many layers of them (z) as there are products.
+// starts as many workgroups as it takes to cover C.
 //
 // Why tiles. The plain way, each element of C as a dot product read from memory, reads every element of A
 // N times and every element of B M times, and a GPU waits for memory far longer than for arithmetic. So the
@@ -24,16 +24,17 @@ layout(local_size_x = 16, local_size_y = 16) in;
 
 layout(std430, binding = 0) readonly buffer BufferA { float a[]; };
 layout(std430, binding = 1) readonly buffer BufferB { float b[]; };
-layout(std430, binding = 2) writeonly buffer BufferC { float c[]; };
+layout(std430, binding = 2) buffer BufferC { float c[]; };
 
 // Where a matrix is: the position of its first element, then the distance from an element to the next one
-// down a column (row stride), along a row (column stride), and in the next matrix of the batch. All count
-// floats. A transposed matrix is the same data with row and column stride swapped.
-struct Layout { uint offset, row, column, batch; };
+// down a column (row stride) and along a row (column stride). All count floats. A transposed matrix is the
+// same data with row and column stride swapped.
+struct Layout { uint offset, row, column; };
 
 // C is M x N, op(A) is M x K, op(B) is K x N. Push constants are the few numbers sent along with a dispatch.
+// A long K takes several dispatches: all but the first have `adds` set, and add to what C holds already.
 layout(push_constant) uniform Constants {
-    uint M, N, K;
+    uint M, N, K, adds;
     Layout A, B, C;
 };
 
@@ -51,38 +52,37 @@ shared vec4 tile_b[STEP][TILE / 4 + 1];
 // addresses, which then come in one piece: so the fast index follows whichever direction has stride 1.
 // Outside the matrix the tiles hold 0, which adds nothing to a sum. Elements are never fetched from there,
 // and a NaN or an infinity inside the matrix meets such a 0 only in rows and columns that are not stored.
-void load_tile_a(uint row0, uint k0, uint base) {
+void load_tile_a(uint row0, uint k0) {
     bool along_k = A.column == 1;
     for (uint i = gl_LocalInvocationIndex; i < TILE * STEP; i += INVOCATIONS) {
         uint m = along_k ? i / STEP : i % TILE;
         uint k = along_k ? i % STEP : i / TILE;
         bool inside = row0 + m < M && k0 + k < K;
-        tile_a[k][m / 4][m % 4] = inside ? a[base + (row0 + m) * A.row + (k0 + k) * A.column] : 0.0;
+        tile_a[k][m / 4][m % 4] = inside ? a[A.offset + (row0 + m) * A.row + (k0 + k) * A.column] : 0.0;
     }
 }
 
-void load_tile_b(uint column0, uint k0, uint base) {
+void load_tile_b(uint column0, uint k0) {
     bool along_k = B.row == 1 && B.column != 1;
     for (uint i = gl_LocalInvocationIndex; i < TILE * STEP; i += INVOCATIONS) {
         uint n = along_k ? i / STEP : i % TILE;
         uint k = along_k ? i % STEP : i / TILE;
         bool inside = column0 + n < N && k0 + k < K;
-        tile_b[k][n / 4][n % 4] = inside ? b[base + (k0 + k) * B.row + (column0 + n) * B.column] : 0.0;
+        tile_b[k][n / 4][n % 4] = inside ? b[B.offset + (k0 + k) * B.row + (column0 + n) * B.column] : 0.0;
     }
 }
 
 // Four neighbouring elements of C; those outside of it are dropped.
-void store(uint row, uint column, vec4 sums, uint base) {
+void store(uint row, uint column, vec4 sums) {
     if (row >= M) return;
-    uint place = base + row * C.row + column * C.column;
-    if (column + 0 < N) c[place] = sums.x;
-    if (column + 1 < N) c[place + C.column] = sums.y;
-    if (column + 2 < N) c[place + 2 * C.column] = sums.z;
-    if (column + 3 < N) c[place + 3 * C.column] = sums.w;
+    for (uint i = 0; i < 4 && column + i < N; i++) {
+        uint place = C.offset + row * C.row + (column + i) * C.column;
+        c[place] = adds != 0 ? c[place] + sums[i] : sums[i];
+    }
 }
 
 void main() {
-    uint x = gl_LocalInvocationID.x, y = gl_LocalInvocationID.y, z = gl_WorkGroupID.z;
+    uint x = gl_LocalInvocationID.x, y = gl_LocalInvocationID.y;
     uint row0 = gl_WorkGroupID.y * TILE, column0 = gl_WorkGroupID.x * TILE;
 
     // One vec4 for each of the four rows. (Four names, not an array: an array indexed by a loop variable
@@ -90,8 +90,8 @@ void main() {
     vec4 sums0 = vec4(0), sums1 = vec4(0), sums2 = vec4(0), sums3 = vec4(0);
 
     for (uint k0 = 0; k0 < K; k0 += STEP) {
-        load_tile_a(row0, k0, A.offset + z * A.batch);
-        load_tile_b(column0, k0, B.offset + z * B.batch);
+        load_tile_a(row0, k0);
+        load_tile_b(column0, k0);
         barrier();  // the tiles are complete
         for (uint k = 0; k < STEP; k++) {
             vec4 from_a = tile_a[k][y], from_b = tile_b[k][x];
@@ -103,9 +103,9 @@ void main() {
         barrier();  // nobody needs the tiles any more
     }
 
-    uint row = row0 + 4 * y, column = column0 + 4 * x, base = C.offset + z * C.batch;
-    store(row + 0, column, sums0, base);
-    store(row + 1, column, sums1, base);
-    store(row + 2, column, sums2, base);
-    store(row + 3, column, sums3, base);
+    uint row = row0 + 4 * y, column = column0 + 4 * x;
+    store(row + 0, column, sums0);
+    store(row + 1, column, sums1);
+    store(row + 2, column, sums2);
+    store(row + 3, column, sums3);
 }
