@@ -20,7 +20,7 @@
 // once so that nobody reads a tile before it is complete, once so that nobody overwrites it too early.
 #version 450
 
-layout(local_size_x = 16, local_size_y = 16) in;
+layout(local_size_x = 8, local_size_y = 8) in;
 
 layout(std430, binding = 0) readonly buffer BufferA { float a[]; };
 layout(std430, binding = 1) readonly buffer BufferB { float b[]; };
@@ -40,13 +40,13 @@ layout(push_constant) uniform Constants {
 
 const uint TILE = 64;          // rows and columns of C for one workgroup
 const uint STEP = 16;          // how far along K a tile reaches
-const uint INVOCATIONS = 256;
+const uint INVOCATIONS = 64;
 
 // Both tiles are stored with K as the first index, so that the four numbers an invocation needs for one k
 // lie side by side and come as one vec4. The 17th column is padding: shared memory is divided into banks that
 // each serve one request at a time, and rows of just 64 floats would put a whole column in the same bank.
-shared vec4 tile_a[STEP][TILE / 4 + 1];
-shared vec4 tile_b[STEP][TILE / 4 + 1];
+shared vec4 tile_a[STEP][2][TILE / 8 + 1];
+shared vec4 tile_b[STEP][2][TILE / 8 + 1];
 
 // The invocations share out the elements of a tile. Neighbouring invocations should fetch neighbouring
 // addresses, which then come in one piece: so the fast index follows whichever direction has stride 1.
@@ -58,7 +58,7 @@ void load_tile_a(uint row0, uint k0) {
         uint m = along_k ? i / STEP : i % TILE;
         uint k = along_k ? i % STEP : i / TILE;
         bool inside = row0 + m < M && k0 + k < K;
-        tile_a[k][m / 4][m % 4] = inside ? a[A.offset + (row0 + m) * A.row + (k0 + k) * A.column] : 0.0;
+        tile_a[k][m / 4 % 2][m / 8][m % 4] = inside ? a[A.offset + (row0 + m) * A.row + (k0 + k) * A.column] : 0.0;
     }
 }
 
@@ -68,7 +68,7 @@ void load_tile_b(uint column0, uint k0) {
         uint n = along_k ? i / STEP : i % TILE;
         uint k = along_k ? i % STEP : i / TILE;
         bool inside = column0 + n < N && k0 + k < K;
-        tile_b[k][n / 4][n % 4] = inside ? b[B.offset + (k0 + k) * B.row + (column0 + n) * B.column] : 0.0;
+        tile_b[k][n / 4 % 2][n / 8][n % 4] = inside ? b[B.offset + (k0 + k) * B.row + (column0 + n) * B.column] : 0.0;
     }
 }
 
@@ -85,27 +85,31 @@ void main() {
     uint x = gl_LocalInvocationID.x, y = gl_LocalInvocationID.y;
     uint row0 = gl_WorkGroupID.y * TILE, column0 = gl_WorkGroupID.x * TILE;
 
-    // One vec4 for each of the four rows. (Four names, not an array: an array indexed by a loop variable
-    // may end up in memory, where registers are wanted.)
-    vec4 sums0 = vec4(0), sums1 = vec4(0), sums2 = vec4(0), sums3 = vec4(0);
+    uint row = row0 + 8 * y, column = column0 + 8 * x;
+    bool inside = row < M && column < N;
+    vec4 sums[8][2];
+    for (uint i = 0; i < 8; i++) sums[i][0] = sums[i][1] = vec4(0);
 
     for (uint k0 = 0; k0 < K; k0 += STEP) {
         load_tile_a(row0, k0);
         load_tile_b(column0, k0);
         barrier();  // the tiles are complete
-        for (uint k = 0; k < STEP; k++) {
-            vec4 from_a = tile_a[k][y], from_b = tile_b[k][x];
-            sums0 += from_a.x * from_b;
-            sums1 += from_a.y * from_b;
-            sums2 += from_a.z * from_b;
-            sums3 += from_a.w * from_b;
+        if (inside) for (uint k = 0; k < STEP; k++) {
+            vec4 a0 = tile_a[k][0][y], a1 = tile_a[k][1][y], b0 = tile_b[k][0][x], b1 = tile_b[k][1][x];
+            for (uint i = 0; i < 4; i++) {
+                sums[i][0] += a0[i] * b0;
+                sums[i][1] += a0[i] * b1;
+                sums[i + 4][0] += a1[i] * b0;
+                sums[i + 4][1] += a1[i] * b1;
+            }
         }
         barrier();  // nobody needs the tiles any more
     }
 
-    uint row = row0 + 4 * y, column = column0 + 4 * x;
-    store(row + 0, column, sums0);
-    store(row + 1, column, sums1);
-    store(row + 2, column, sums2);
-    store(row + 3, column, sums3);
+    for (uint i = 0; i < 4; i++) {
+        store(row + i, column, sums[i][0]);
+        store(row + i, column + 4, sums[i][1]);
+        store(row + i + 4, column, sums[i + 4][0]);
+        store(row + i + 4, column + 4, sums[i + 4][1]);
+    }
 }
