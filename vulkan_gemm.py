@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Matrix products on any GPU, with only the Python standard library (ctypes and the system's Vulkan loader).
+"""Matrix products on any GPU, by nothing but the standard library: ctypes and the system's Vulkan loader.
 
     with VulkanGemm() as gpu:
         c = gpu.matmul(a, b)            # lists of rows in, lists of rows out, float32 inside
 
-`python vulkan_gemm.py` lists the devices and checks the products of the one that it would use. The environment
-variable MICROGPT_VULKAN_DEVICE (a number from that list) chooses another.
+`python vulkan_gemm.py` lists the devices, chooses the best, and checks its products. The environment variable
+MICROGPT_VULKAN_DEVICE (a number from that list) chooses another.
 
 What a GPU program is. The *host* (this Python) finds a *device* and opens it. It asks for *memory* that both
 can reach and puts the inputs there. A *pipeline* is a compiled device program (a *shader*, here gemm.comp)
@@ -23,12 +23,10 @@ from itertools import chain, product
 from operator import mul
 from random import Random
 
-TILE = 64           # one workgroup of gemm.comp makes a TILE x TILE block of the result,
-STEP = 16           # walks along K in steps of 16,
-INVOCATIONS = 64    # and has this many invocations (GPU threads), 8 x 8
-MAX_K = 1 << 15     # longer dot products take several dispatches, as some drivers cut a long loop short
-MAX_TERMS = 1 << 27  # multiplications in one submission: less than half a second even at 1 GFLOP/s
-WAIT_SLICE = 0.05   # seconds that Python cannot handle a signal
+BLOCK, TILE = 8, 64   # an invocation (GPU thread) of gemm.comp makes 8 x 8 elements, a workgroup 64 x 64
+MAX_K = 1 << 13       # longer dot products take several dispatches, as some drivers cut long loops short
+MAX_TERMS = 1 << 27   # multiplications in one submission: less than half a second, even on a processor
+WAIT_SLICE = 0.05     # seconds: Python handles signals only between two waits
 
 
 class VulkanError(RuntimeError):
@@ -73,6 +71,7 @@ VkSubmitInfo 4 waitSemaphoreCount:u pWaitSemaphores:p pWaitDstStageMask:p comman
 VkMemoryAllocateInfo 5 allocationSize:q memoryTypeIndex:u
 VkFenceCreateInfo 8 flags:u
 VkBufferCreateInfo 12 flags:u size:q usage:u sharingMode:u queueFamilyIndexCount:u pQueueFamilyIndices:p
+VkBufferViewCreateInfo 13 flags:u buffer:h format:u offset:q range:q
 VkShaderModuleCreateInfo 16 flags:u codeSize:z pCode:p
 VkPipelineShaderStageCreateInfo 18 flags:u stage:u module:h pName:s pSpecializationInfo:p
 VkComputePipelineCreateInfo 29 flags:u stage:VkPipelineShaderStageCreateInfo layout:h basePipelineHandle:h
@@ -99,7 +98,8 @@ VkMemoryHeap size:q flags:u
 VkPhysicalDeviceMemoryProperties memoryTypeCount:u memoryTypes:VkMemoryType32 memoryHeapCount:u
     memoryHeaps:VkMemoryHeap16
 VkExtensionProperties extensionName:c256 specVersion:u
-VkPhysicalDeviceLimits imageLimits:u7 maxStorageBufferRange:u allocationLimits:u3 granularityLimits:q2
+VkPhysicalDeviceLimits imageLimits:u5 maxTexelBufferElements:u maxUniformBufferRange:u
+    maxStorageBufferRange:u allocationLimits:u3 granularityLimits:q2
     graphicsLimits:u38 maxComputeSharedMemorySize:u maxComputeWorkGroupCount:u3
     maxComputeWorkGroupInvocations:u maxComputeWorkGroupSize:u3 otherLimits:q32
 VkPhysicalDeviceProperties apiVersion:u driverVersion:u vendorID:u deviceID:u deviceType:u deviceName:c256
@@ -133,8 +133,10 @@ ENUMERATE_PORTABILITY = 1                                       # VkInstanceCrea
 QUEUE_COMPUTE = 2                                               # VkQueueFlags
 DEVICE_TYPES = {2: "discrete", 3: "virtual", 1: "integrated", 4: "cpu", 0: "other"}  # in order of preference
 DEVICE_LOCAL, HOST_VISIBLE, HOST_COHERENT, HOST_CACHED = 1, 2, 4, 8  # VkMemoryPropertyFlags
-STORAGE_USAGE = 32                                              # VkBufferUsageFlags
-STORAGE_BUFFER, COMPUTE, BIND_COMPUTE = 7, 32, 1  # VkDescriptorType, VkShaderStageFlags, VkPipelineBindPoint
+TEXEL_USAGE, STORAGE_USAGE = 4, 32                              # VkBufferUsageFlags
+FOUR_FLOATS = 109                                               # VkFormat R32G32B32A32_SFLOAT
+TEXEL_BUFFER, STORAGE_BUFFER = 4, 7                             # VkDescriptorType
+COMPUTE, BIND_COMPUTE = 32, 1                                   # VkShaderStageFlags, VkPipelineBindPoint
 STAGE_COMPUTE, STAGE_HOST = 0x800, 0x4000                       # VkPipelineStageFlags
 SHADER_READ, SHADER_WRITE, HOST_READ = 0x20, 0x40, 0x2000       # VkAccessFlags
 ONE_TIME_SUBMIT = 1                                             # VkCommandBufferUsageFlags
@@ -149,8 +151,8 @@ vkEnumerateInstanceExtensionProperties=ppp vkCreateInstance=ppp vkDestroyInstanc
 vkEnumeratePhysicalDevices=ppp vkGetPhysicalDeviceProperties:pp vkGetPhysicalDeviceMemoryProperties:pp
 vkGetPhysicalDeviceQueueFamilyProperties:ppp vkEnumerateDeviceExtensionProperties=pppp
 vkCreateDevice=pppp vkDestroyDevice:pp vkGetDeviceQueue:puup
-vkCreateBuffer=pppp vkDestroyBuffer:php vkGetBufferMemoryRequirements:php vkAllocateMemory=pppp
-vkFreeMemory:php vkBindBufferMemory=phhq vkMapMemory=phqqup
+vkCreateBuffer=pppp vkDestroyBuffer:php vkCreateBufferView=pppp vkDestroyBufferView:php
+vkGetBufferMemoryRequirements:php vkAllocateMemory=pppp vkFreeMemory:php vkBindBufferMemory=phhq vkMapMemory=phqqup
 vkCreateShaderModule=pppp vkDestroyShaderModule:php vkCreateDescriptorSetLayout=pppp
 vkDestroyDescriptorSetLayout:php vkCreatePipelineLayout=pppp vkDestroyPipelineLayout:php
 vkCreateComputePipelines=phuppp vkDestroyPipeline:php vkCreateDescriptorPool=pppp
@@ -267,8 +269,7 @@ class PhysicalDevice:
         self.kind = DEVICE_TYPES.get(properties.deviceType, "other")
         families = vk.array_of(VkQueueFamilyProperties, vk.vkGetPhysicalDeviceQueueFamilyProperties, handle)
         self.queue_family = next((i for i, f in enumerate(families) if f.queueFlags & QUEUE_COMPUTE), None)
-        self.usable = (self.queue_family is not None
-                       and self.limits.maxComputeWorkGroupInvocations >= INVOCATIONS)
+        self.usable = self.queue_family is not None
 
     def __str__(self):
         return f"device {self.index}: {self.name} ({self.kind}{'' if self.usable else ', unusable'})"
@@ -312,29 +313,37 @@ def create_device(vk, physical):
 # saves us flushing.
 
 HOST = HOST_VISIBLE | HOST_COHERENT
-FOR_INPUT, FOR_RESULT = (HOST | DEVICE_LOCAL, HOST), (HOST | HOST_CACHED, HOST)
 
 
 class Buffer:
-    """A buffer that grows by powers of two. The host sees its bytes in `mapped`, a ctypes array."""
+    """A buffer that grows by powers of two. The host sees its bytes in `mapped`, a ctypes array, and shaders
+    see those of an input as vec4s, through a *view*."""
 
-    def __init__(self, vk, device, physical, preferences):
-        self.vk, self.device, self.physical, self.preferences = vk, device, physical, preferences
-        self.capacity, self.handle, self.mapped = 0, None, None
+    def __init__(self, vk, device, physical, is_input):
+        self.vk, self.device, self.physical, self.is_input = vk, device, physical, is_input
+        self.capacity, self.handle, self.view, self.mapped = 0, None, None, None
         self._undo = ExitStack()
 
     def reserve(self, size):
         """Make room for `size` bytes. If that takes a new buffer, what was in the old one is lost."""
-        limit = self.physical.limits.maxStorageBufferRange & ~3
+        limits = self.physical.limits
+        limit = 16 * limits.maxTexelBufferElements if self.is_input else limits.maxStorageBufferRange & ~3
         if size > limit:
             raise VulkanError(f"{size} bytes in one buffer are more than the {limit} of {self.physical.name}")
         self.free()
         capacity = min(limit, max(1 << 16, 1 << (size - 1).bit_length()))
-        info = VkBufferCreateInfo(size=capacity, usage=STORAGE_USAGE)
-        self.handle = self.vk.create("Buffer", self.device, info)
-        self._undo.callback(self.vk.vkDestroyBuffer, self.device, self.handle, None)
+        self.handle = self._create("Buffer", VkBufferCreateInfo(
+            size=capacity, usage=TEXEL_USAGE if self.is_input else STORAGE_USAGE))
         self.mapped = (c_char * capacity).from_address(self._bind())
+        if self.is_input:
+            self.view = self._create("BufferView", VkBufferViewCreateInfo(
+                buffer=self.handle, format=FOUR_FLOATS, range=capacity))
         self.capacity = capacity
+
+    def _create(self, kind, info):
+        handle = self.vk.create(kind, self.device, info)
+        self._undo.callback(getattr(self.vk, "vkDestroy" + kind), self.device, handle, None)
+        return handle
 
     def _bind(self):
         """Give the buffer memory of the best type that has enough of it. Return where the host sees it."""
@@ -362,10 +371,11 @@ class Buffer:
         suitable = [i for i, kind in enumerate(types)
                     if needs.memoryTypeBits >> i & 1 and needs.size <= heaps[kind.heapIndex].size
                     and kind.propertyFlags < 16]  # higher flags are of extensions
-        return [i for flags in self.preferences for i in suitable if types[i].propertyFlags & flags == flags]
+        best = HOST | (DEVICE_LOCAL if self.is_input else HOST_CACHED)
+        return [i for flags in (best, HOST) for i in suitable if types[i].propertyFlags & flags == flags]
 
     def free(self):
-        self.capacity, self.handle, self.mapped = 0, None, None
+        self.capacity, self.handle, self.view, self.mapped = 0, None, None, None
         self._undo.close()
 
 
@@ -382,21 +392,22 @@ def shape_of(rows, name):
     return height, width
 
 
-def write_rows(rows, buffer, offset):
-    """Pack the rows into the buffer, starting at float number `offset`."""
+def write_rows(rows, pitch, buffer, offset):
+    """Pack the rows into the buffer from byte `offset` on, each padded with zeros to `pitch` vec4s."""
+    width = len(rows[0])
     if sys.implementation.name == "pypy":  # where a call with hundreds of arguments is slow
-        floats = array("f", chain.from_iterable(rows))
-        ctypes.memmove(addressof(buffer.mapped) + 4 * offset, floats.buffer_info()[0], 4 * len(floats))
+        padding = [0.0] * (4 * pitch - width)
+        floats = array("f", chain.from_iterable(chain(row, padding) for row in rows))
+        ctypes.memmove(addressof(buffer.mapped) + offset, floats.buffer_info()[0], 4 * len(floats))
         return
-    width, position, view = len(rows[0]), 4 * offset, memoryview(buffer.mapped)
-    pack_into = struct.Struct(f"{width}f").pack_into
+    view, pack_into = memoryview(buffer.mapped), struct.Struct(f"{width}f{16 * pitch - 4 * width}x").pack_into
     for row in rows:
-        pack_into(view, position, *row)
-        position += 4 * width
+        pack_into(view, offset, *row)
+        offset += 16 * pitch
 
 
 def read_rows(buffer, offset, height, width):
-    packed = ctypes.string_at(addressof(buffer.mapped) + 4 * offset, 4 * height * width)
+    packed = ctypes.string_at(addressof(buffer.mapped) + offset, 4 * height * width)
     return list(map(list, struct.iter_unpack(f"{width}f", packed)))
 
 
@@ -404,34 +415,29 @@ def read_rows(buffer, offset, height, width):
 # All products of a call lie one after another in the buffers, and take a dispatch each in one submission,
 # since a submission costs as much as a small product. Only large products are split: by rows and columns of
 # the result so that a submission stays short (Windows resets a device that is busy for two seconds), and
-# along K, where each dispatch adds to what the one before has left in C. A transposed matrix is never moved:
-# the shader is told how far apart neighbors in a row and in a column are, and transposing swaps the two.
+# along K, where each dispatch adds to what the one before has left in C.
 
-CONSTANTS = struct.Struct("13I")  # gemm.comp's: m, n, k, whether to add; place, row and column stride of A, B, C
-
-
-def dispatches(shape, places, transpose_a, transpose_b):
-    """Yield for each part of a product its push constants, its workgroups in x and y, its number of
-    multiplications, and whether it adds to the part before. `places` are those of A, B and C, in floats."""
-    (m, n, k), (a, b, c) = shape, places
-    a_row, a_column = (1, m) if transpose_a else (k, 1)
-    b_row, b_column = (1, k) if transpose_b else (n, 1)
-    each = TILE * TILE * round_up(min(k, MAX_K), STEP)  # multiplications of a workgroup, with its padding
-    wide = min(-(-n // TILE), MAX_TERMS // each)
-    high = min(-(-m // TILE), MAX_TERMS // each // wide)
-    firsts = product(range(0, m, high * TILE), range(0, n, wide * TILE), range(0, k, MAX_K))
-    for row, column, first in firsts:
-        height, width = min(high * TILE, m - row), min(wide * TILE, n - column)
-        constants = CONSTANTS.pack(
-            height, width, min(MAX_K, k - first), first > 0,
-            a + row * a_row + first * a_column, a_row, a_column,
-            b + first * b_row + column * b_column, b_row, b_column,
-            c + row * n + column, n, 1)
-        yield constants, -(-width // TILE), -(-height // TILE), high * wide * each, first > 0
+CONSTANTS = struct.Struct("9I")  # those of gemm.comp, in its order
 
 
 def round_up(n, unit):
     return -(-n // unit) * unit
+
+
+def dispatches(m, n, k, a, b, c):
+    """Yield for each part of a product its push constants, its workgroups in x and y, the number of its
+    multiplications, and whether it adds to the part before. a, b and c are byte offsets in the buffers."""
+    pitch = round_up(k, 4) // 4
+    each = TILE * TILE * round_up(min(k, MAX_K), 4)  # multiplications of a workgroup
+    high = min(-(-m // TILE), MAX_TERMS // each)  # at most 2^13 workgroups: every device allows 65,535
+    wide = min(-(-n // TILE), MAX_TERMS // each // high)
+    for row, column, first in product(range(0, m, high * TILE), range(0, n, wide * TILE), range(0, k, MAX_K)):
+        height, width = min(high * TILE, m - row), min(wide * TILE, n - column)
+        constants = CONSTANTS.pack(
+            height, width, min(MAX_K // 4, pitch - first // 4),
+            a // 16 + row * pitch + first // 4, b // 16 + column * pitch + first // 4,
+            c // 4 + row * n + column, pitch, n, first > 0)
+        yield constants, -(-height // TILE), -(-width // TILE), high * wide * each, first > 0
 
 
 class VulkanGemm:
@@ -439,7 +445,6 @@ class VulkanGemm:
 
     def __init__(self, timeout=120.0):
         self.timeout, self.pending, self.closed = timeout, False, False
-        self.clock = time.perf_counter
         self.shader_seconds = 0.0  # what the last call spent on the device, without turning lists into bytes
         self._descriptors_stale = True
         self._lock = threading.Lock()
@@ -449,8 +454,8 @@ class VulkanGemm:
             self._make_pipeline(load_shader())
             self._make_descriptor_set()
             self._make_commands()
-            self.buffers = [Buffer(self.vk, self.device, self.physical, preferences)
-                            for preferences in (FOR_INPUT, FOR_INPUT, FOR_RESULT)]
+            self.buffers = [Buffer(self.vk, self.device, self.physical, is_input)
+                            for is_input in (True, True, False)]
             for buffer in self.buffers:
                 self._undo.callback(buffer.free)
         except BaseException:
@@ -498,9 +503,9 @@ class VulkanGemm:
     def _make_pipeline(self, spirv):
         """Make a pipeline of the shader and the shape of its arguments: three buffers and push constants."""
         bindings = (VkDescriptorSetLayoutBinding * 3)()
-        for i in range(3):
+        for i, kind in enumerate((TEXEL_BUFFER, TEXEL_BUFFER, STORAGE_BUFFER)):
             bindings[i] = VkDescriptorSetLayoutBinding(
-                binding=i, descriptorType=STORAGE_BUFFER, descriptorCount=1, stageFlags=COMPUTE)
+                binding=i, descriptorType=kind, descriptorCount=1, stageFlags=COMPUTE)
         self.set_layout = self._create("DescriptorSetLayout", VkDescriptorSetLayoutCreateInfo(
             bindingCount=3, pBindings=bindings))
         constants = VkPushConstantRange(stageFlags=COMPUTE, size=CONSTANTS.size)
@@ -521,9 +526,10 @@ class VulkanGemm:
         self._undo.callback(self.vk.vkDestroyPipeline, self.device, self.pipeline, None)
 
     def _make_descriptor_set(self):
-        size = VkDescriptorPoolSize(type=STORAGE_BUFFER, descriptorCount=3)
+        sizes = (VkDescriptorPoolSize * 2)(VkDescriptorPoolSize(type=TEXEL_BUFFER, descriptorCount=2),
+                                           VkDescriptorPoolSize(type=STORAGE_BUFFER, descriptorCount=1))
         pool = self._create("DescriptorPool", VkDescriptorPoolCreateInfo(
-            maxSets=1, poolSizeCount=1, pPoolSizes=size))
+            maxSets=1, poolSizeCount=2, pPoolSizes=sizes))
         info = VkDescriptorSetAllocateInfo(
             descriptorPool=pool, descriptorSetCount=1, pSetLayouts=c_uint64(self.set_layout))
         descriptor_set = c_uint64()
@@ -541,65 +547,64 @@ class VulkanGemm:
 
     # -- One call: lay out, write, record, submit, wait, read.
 
-    def matmul(self, a, b, transpose_a=False, transpose_b=False):
-        """Return op(a) op(b) as a list of rows, where op transposes if asked to."""
-        return self.matmuls([a], [b], transpose_a, transpose_b)[0]
+    def matmul(self, a, b):
+        """Return the product of two matrices as a list of rows."""
+        shape_of(b, "b")  # zip would drop what is too long
+        return self.matmuls([a], [list(zip(*b))])[0]
 
-    def matmuls(self, a_list, b_list, transpose_a=False, transpose_b=False):
-        """Return the product of each a with its b, of any shapes.
+    def matmuls(self, many_rows, many_columns):
+        """Return for each matrix as rows and matrix as columns their product as rows.
 
-        Raises ValueError for shapes that do not fit, and VulkanError for all else, as for what is no number
-        or above 3.4e38."""
+        Raises ValueError for shapes that do not fit, and VulkanError for all else, such as a string in a
+        matrix."""
         with self._lock:
             if self.closed:
                 raise VulkanError("this VulkanGemm is closed")
             self._finish_pending()
             try:
-                shapes, places, sizes = self._lay_out(a_list, b_list, transpose_a, transpose_b)
-                if not shapes:
-                    return []
+                products, sizes = self._lay_out(many_rows, many_columns)
                 self._reserve(sizes)
-                for matrices, buffer, offsets in zip((a_list, b_list), self.buffers, zip(*places)):
-                    for rows, offset in zip(matrices, offsets):
-                        write_rows(rows, buffer, offset)
+                for rows, columns, (_, _, k, a, b, _) in zip(many_rows, many_columns, products):
+                    write_rows(rows, round_up(k, 4) // 4, self.buffers[0], a)
+                    write_rows(columns, round_up(k, 4) // 4, self.buffers[1], b)
             except (TypeError, OverflowError, struct.error) as error:
-                raise VulkanError(f"not a matrix of float32 numbers: {error}") from None
-            self._run([part for shape, place in zip(shapes, places)
-                       for part in dispatches(shape, place, transpose_a, transpose_b)])
-            return [read_rows(self.buffers[2], c, m, n) for (m, n, _), (_, _, c) in zip(shapes, places)]
+                raise VulkanError(f"not a matrix of numbers: {error}") from None
+            self._run([part for each in products for part in dispatches(*each)])
+            return [read_rows(self.buffers[2], c, m, n) for m, n, _, _, _, c in products]
 
     @staticmethod
-    def _lay_out(a_list, b_list, transpose_a, transpose_b):
-        """Return each product's (m, n, k) and its places in the three buffers, and the buffers' sizes, all in
-        floats."""
-        if len(a_list) != len(b_list):
-            raise ValueError(f"{len(a_list)} left and {len(b_list)} right matrices")
-        shapes, places, sizes = [], [], (0, 0, 0)
-        for a, b in zip(a_list, b_list):
-            (m, k), (other_k, n) = shape_of(a, "a"), shape_of(b, "b")
-            m, k = (k, m) if transpose_a else (m, k)
-            other_k, n = (n, other_k) if transpose_b else (other_k, n)
+    def _lay_out(many_rows, many_columns):
+        """Return (m, n, k, a, b, c) for each product, a, b and c its offsets in the three buffers, and how
+        large the buffers must be, all in bytes."""
+        if len(many_rows) != len(many_columns):
+            raise ValueError(f"{len(many_rows)} matrices as rows and {len(many_columns)} as columns")
+        products, sizes = [], (0, 0, 0)
+        for rows, columns in zip(many_rows, many_columns):
+            (m, k), (n, other_k) = shape_of(rows, "a"), shape_of(columns, "b")
             if k != other_k:
                 raise ValueError(f"cannot multiply {m} x {k} by {other_k} x {n}")
-            shapes.append((m, n, k))
-            places.append(sizes)
-            sizes = sizes[0] + m * k, sizes[1] + k * n, sizes[2] + m * n
-        return shapes, places, sizes
+            products.append((m, n, k, *sizes))
+            ends = m * round_up(k, 4), n * round_up(k, 4), round_up(m * n, 4)
+            sizes = [size + 4 * end for size, end in zip(sizes, ends)]
+        return products, sizes
 
     def _reserve(self, sizes):
         """Grow the buffers if need be, and then tell the descriptor set where they are now."""
         for buffer, size in zip(self.buffers, sizes):
-            if 4 * size > buffer.capacity:
+            if size > buffer.capacity:
                 self._descriptors_stale = True
-                buffer.reserve(4 * size)
+                buffer.reserve(size)
         if not self._descriptors_stale:
             return
-        infos = (VkDescriptorBufferInfo * 3)(*[
-            VkDescriptorBufferInfo(buffer=buffer.handle, range=buffer.capacity) for buffer in self.buffers])
-        write = VkWriteDescriptorSet(
-            dstSet=self.descriptor_set, dstBinding=0, descriptorCount=3,  # bindings 0, 1 and 2 in a row
-            descriptorType=STORAGE_BUFFER, pBufferInfo=infos)
-        self.vk.vkUpdateDescriptorSets(self.device, 1, byref(write), 0, None)
+        a, b, c = self.buffers
+        inputs = VkWriteDescriptorSet(
+            dstSet=self.descriptor_set, dstBinding=0, descriptorCount=2,  # bindings 0 and 1 in a row
+            descriptorType=TEXEL_BUFFER, pTexelBufferView=(c_uint64 * 2)(a.view, b.view))
+        result = VkWriteDescriptorSet(
+            dstSet=self.descriptor_set, dstBinding=2, descriptorCount=1, descriptorType=STORAGE_BUFFER,
+            pBufferInfo=VkDescriptorBufferInfo(buffer=c.handle, range=c.capacity))
+        for write in (inputs, result):
+            self.vk.vkUpdateDescriptorSets(self.device, 1, byref(write), 0, None)
         self._descriptors_stale = False
 
     def _run(self, parts):
@@ -612,11 +617,11 @@ class VulkanGemm:
                 room = MAX_TERMS
             submissions[-1].append(part)
             room -= terms
-        start = self.clock()
+        start = time.perf_counter()
         for submission in submissions:
             self._record(submission)
             self._submit()
-        self.shader_seconds = self.clock() - start
+        self.shader_seconds = time.perf_counter() - start
 
     def _record(self, parts):
         vk, commands = self.vk, self.commands
@@ -702,51 +707,54 @@ def compile_shader():
         file.write(text)
 
 
-SHADER_SHA256 = "aaa9fdb0192876baf0b417471d2df4b2ea1818cef3044b8688e1ecaae4626f4d"
+SHADER_SHA256 = "44ae5c778042e8173da0afea75e5e7a35636117746b8d97f89d771d91a6c9d0a"
 SHADER_SPIRV = """
-eNp1WglwldUV/u+9jwBSwFhxaREJcUqHTVqVWhNARFQUoRGwLlUgpKJG2ROwEseVsgwEFSh0qA7REcvWYBWXIqOiThEBixBl0cEQawfRKuNW
-JU7v9853zMnPCzN3/ne27yz3nvPu/0Lwha2TxCXtkvZJx0yS/Zef+MhJIi8v+7x02MhhfaZNL+tz7nl9Ie+QhKweZB2TNkmr+ITp7eNumQh+
-z7iKo3BwXCdGjEwWM4masmB3WbQ6Q9wlhXwqz5GXMTxPXhvyuuSw7ZLDtksLtoG8HxlehrwTDa8VeZ0NL4+8n6M2EUl9XBoRembrlmRjBj2d
-+hJPJqlgvKcRryKVB/AqGB/sZ8Rntx9kQhcYel8Kf38Kf38O/P0G/70U/nvEd6S7OIvfKjnTHY8HnuIVuOZ4oAtMfXAuUJ+fkh5M+iekz/BC
-nx7Xj6OVz8YTsvj43CnqIJ6u9HFKlOSTPjXKTuJZy2R5mYiRJPGAZ/knRwT46cIzlWdWl6TtD3tr1xlmAe/M+Gyb1U+SItJdyUNsBaRdtg+E
-7sZ4lC5kLsA7i7Z5lOPZnfaQ9+DnPPrrwf5yRv+cRBwoXcQzrPTAuC40/ktYO5XfyBg6R3oMa3WjkY9lvJCPi88x5IEujc9x9Il4xzPXUsYL
-uszkD7wJKbqcvQn7ydyv/GzNQ7Z/8rP1lr6YTr1KxlRBP6BnkKd5Vpk6zqUsn3I8F7AOkFczpnxjv5j9r3lspw7i2mfiQj/tI84B+tlPO9Dv
-mbiQb6OpP/x0dHrWQrbfFBd9BRq4XZ1ggFdEusA1z7eQfYg+uICYgXEVOanFBbQHXUye0oNJY19vcXIOdJ9vjTR45cQrd7JP4PeKn6A7yUlN
-7dKc50RZG+byJyd1hE2vKEVM6PtyngWc/36x8p71TpjHN5Gj+wH/tzGGIvb54hT95xT9WYo+lqLb+ub0qaQHRa/ou/6sGfavP/Ma4ISvOhdS
-p7vRGeSErzoXs9ZWZ4gT/v1RB/QlTngDjf/LaGf9D3XCV7vLnfBgp7zh3DfEcTd5I5z4GG5sR1JvgNEb5QRzJOPHvPqtkxlXYuK4xgm/Nupg
-xl7rxAf4X8fdu57fG99Gfciuiws87Ol1BvsGYlcZ7Bud8BV7jJO4wP9ftFccPL+MOwadsU5iaEX966hbSt1S6gL/nSA1hf20uMYbXzc7kaMu
-X8V4yijXXG4mXUbc8dlc8rLnZzLPKOyRz4BYB/AmGZ0pRqeEOlOoo3swzWDYHMqYUwXpCpPTu8wJOgfjmmlqfCdrXGhqPMsJX/OucoIBPvKe
-QQzNG/LKuGbQdyVzAn4vL/jdUj56e5Gtpo8+Xni2D8728v2GvPp6wcZT8/o2iA78zcTTN8V8jhf5OdyrOyjXmCE/N647iIvPOJvFRgcx9Yvr
-19TB59nch/OJX8T4iqkD3bnUKaLOwJROscmhXUawgF1EX4hjSCqOgXFdRPuBxsegVBxDqHORifXiVByqM8TE0T4jWMC+mL70zA31Mh8Qq9Z3
-mBe+9vQoEy9kV8Y1in6uNFi/8XKW2huskV74s3iG1W6Ub+rh0V58IuaRxNf8rvESG+4SWpdrvfDxnaV611Ov3OjdYGyRxzSTB3yOiWsq48Fn
-Pddjzbm2s2+cF5nq/d7o2Tl2kxeZztsJrOdNplY3e8GbYHjlpn5qO9ELv7fRm+TFfiJjwZ1nspd7UQnl/Xn3meJFhtpPY65TU/Q07gX0O2TE
-BvXA9/rUrI822XtThZc7HuLDHqDmqDFmGWSwBW4lcStNzDNT51R7/g5Tz/tYz8Wpet7vRabz5AEvvO7c13lmXyGbHdc84s82+H80+HZezfEi
-W0P8uV543RmrYs0zZ3a+lzgQ/1z6hO4C6i4w/XeMswz2e+J628yyRV7kOsvqKNd8IH8wrjriPsgZstzoIJaH41pKnYdN/ywhvs6Q5dRZaubM
-MuoMTOksNzlkMoIF7GX0hThqUnGsiOtR2q8wPh5JxVFDnUdNrCtTcahOjYkjLyNYwF5JX3rGnvByh0Gs+h24yh9/z3jSC1/34K9ebJ9kThtM
-TpCtjmsDY1lt/K1jv+aZeVfrha/zTu02mLPzlBefyKuW+FqDZ7zEb+fdRi98O++eo56ddy8YW+TxlskDPjfFtZPxbDJ98aLpCzvvNnuRab4v
-m3x1Pr3qhX+/0XvNi+2rxsfWFnrvDS8yxdvGvXjD4L3pBXObmXfbvbxvlVCu826HFxlq/xZz3Zmi3zLzrnVGbDZx3u00826Xl3dB5Is9QM1f
-4LyDrDXn3dvEfdvEvCd1lnUuoI8PxljH8p1rDr9j55s7F+608+KazzvXPJ6lBaQXmPtfI+9/0Hk/rkXmbvewE3kRZ0s15eoH8oVxVRN3YfZu
-1zr73rbMyaxv5H0V7xT9+bvLcspRB7yLLTd2fzF2VSm7RyiHHd7ZHjF2NU5qrf4GGLvHKFfdVUa3KqX7JOWo12rmtdrUy2ekXsj1QFxrTL1q
-ncgnsF5rKdd61ZJeS9w1vGvjt4y/O3kvhb2exaed8BdGHcS20UkuT5v3gmf5XgA77T3oPudEdg9tn3fC28j6Qfa8a/K1OeXrJSe12Gx8vWx8
-VRlfrziRqa8tTngv0RdkW8x7yuumTpr/P528h9v8tzrha0zbmP9WE9ObjAmYNv/tTmQa0w4nvG2MCbIdJv/dKV91zH+38fWO8WXzf9eJTH3t
-dcKroy/I9pr8D5ga2nO2luduEelFxuZ913RebS9X00Z7Hc/0fIB8JuUzDeZBvrvpd6q+H86gTT3penP+93JeQKdznEUfmvP/HydyPf8NTuR6
-/iE/FFcDcQ+ZWD7m7wCw13p/znrvDc339qgTGWqL32qOcgaeIn9uSL6LnxHjAc5MPNczxoNefOm7Sb35joPsg7jqafcB5z5ws3UgfYjyQ+Ze
-sY91gc7J8fNJQWrQiZ8T1riBtg3m/vBvL/b6vfupiQmyj+L6lHYfme+Iw15+39gXmu4rH+e4rxzxwld/n3ixPcJ8FPtTc8f4r5e4EOcnjAHx
-gP9ZXJ1Yk8/Md/Tn9N3RNb8HHPUiU70vjJ6N80svMv0u/4p79aXJ+WsveF8Z3rfN6iA+vjM+7H3hmBeZ+mj0Yn/M4H3vxU+jb6orfljsyt9O
-FcsF4eu93wfhNXIfO4amfYQsxNWOdQuh6S7SKshvtCX0rTMpL4hMZ2SbIL9NIk/VaRuEj9kD+oQgduBjbzvSXzuD0z4HTocgfGuDp95zDgTB
-RtwdmIfGn5+KH30J3gHinUQ8PLXG6JF9Zp5pT3UKzXvuFGPzDX/Pk+8NmRGNZkbYmfy9Exliwe+337Pfr07NiM70gyfk3ULzeVAQ6W7UKWBs
-V5PuRrqQdGFomgf1PAfQGRXXVZwHo/lZ58FZtMVT+/NnQex1HvQxMUHWPa4+tOtu6tMjSI3qzTzoGY6fB72C8NVf7yC2vZiPYvcJTfPg7CBx
-Ic7ejAHxgN83rtG06Wt68Bch9zz4ZRCZ6p0bcs+D84LItFf7BZkH55mcfxUEr5/hXdCsDuKjKOSeB8VBZOqjfxD7YoM3IIif/qauF+aYB4OC
-8HUeXBSEp/NghNlHyAbHdQXrNtj00xDTTwNMj14SRKZ9fFmQv03UG52hQfg6Dy4PYjeUezuC/q4wOFfmwBkehG9tRph50BAEG3EPZx4af0kq
-fvQgeA3Eu4p4V5kaj+KZ13mgPTU61XNXG5vA7wf0ifJa+aY7iM6IE7zMCMjsPaKdFxniw9902vH9fWlqRvyOvvHUe8TYIP71HlFq9haycXGV
-0m4cc1hKupT0eNLjzdw4zPMCncVxPcS5sYSfdW6U0bbM9PFNQex1bkw0MUE2Ia6JtJtg6nhrkLl62Jzv8hxz47YgfPV3exDb25iPYk80c2NS
-kLgQ5+2MAfGAPzmuJbSZbHp1SgtzY2oQmepNb2FuVASRaU9Xcq8qTM4zguBVGt4fmtVBfNzZwtyYFUSmPqqC2M8yeHcF8VNl6np3jrlxTxC+
-zo17g/B0blSbfYTsvrjms273mb57wPTdXaaXZweRab/PCfI3zMNGZ24Qvs6NeUHs5nJvq+lvvsFZkANnYRC+tak2c+NIEGzEvZB5aPwPpuJH
-X4J3hHgPEe8hU+PFPPM6N7SnlqR6bql5rzjNzAN7Zzjdiwx+8Tfd0zkP6lLzYAUxV/DOUJPq/ZVx1VBnJeOoI11D+jHSj5neP8o9h87uuHax
-9/fws/b+47R93PTiE0HstffXm5ggW4XZRbtVpn6r+V151JzRNTl6f20QvvpbF8R2LfNR7PWm9/8WJC7EuY4xIB7wa+PaQ5ta028bWuj9p4LI
-VO/pFnr/mSAy7cuN7P1nTM7PBsHbaHgvNKuD+PhHC72/KYhMfbwYxH6TwdscxM+Lpq4v5ej9l4PwtfdfCcLT3t9p9hGyLXFtY922mN55zfTO
-ZtOPrweR/fA7S5D/r3DU6GwNwtfefyOI3Vbu7U7622ZwtufA2RGEb212mt7/Igg24t7BPDT+f6XiRw+C9wXxdhFvl6nxbp557X3tqT2pnqsj
-/SF/d/jQ/O7Q2Te9O9jfPBqy/3/CJefH9X8J2Yfz
+eNqFWn1s1dUZvuerlfHpWmFdgSmaDpSQuUzHNgbCNlxWW9xkpqGJZoQKuGwJFZhzugpZ/MMVSDbc6Mr8wz8avoq4ZLEqWGCgzloyjczOzmSK
+FaYzDtZO3Oa637nvc8557onJSG5uz3Oe85z3nPveh995zzX6yupSSZUmliaXHi3+8v8uLekCkfcFxfvEUlW5feNNt9y04K6NaxZ87rrPeN6U
+kinzfd/UguOKd1u8vved9d/3+KTiNa3AbVmrVLoEr7JWgU4qa5dKM4vX14vRdTJ96Uq8B0wBs4RpYJcQZoBNIswCm0aYA1ZLWBWwTxBWDYzj
+uwTY5eU1mBiLX8/a4n0OYg/tK6j9YNb/IPrDfryNOMI638n2w8/3Dtbp+e9meu9CL8TzMSX762OsKVBd7jfl8f7vywpOFdbi/12D9gSsc4bX
+QEymzLNlPR+vx7+E9iRgYfxk6Hn+FPRVUX8NsNoiihnF++xCJXwG/+/lNT+JGOsQg2/XA/Nrmok1hZh8exbFNBvcKupvAH96sdLFGD+z6FtS
+vC8G37dvKN6XoO21liJPboCW536N5lqO/sU01y3Yf7+/t6PPltczobQGbVeq/KfwXl/E11a8r4H+HcDbsBe+vZY+Tz/fenx+oX0X1h74D2b8
+TsQT2sOIJ7Rfx5pmFapvI97ZyM23EdffsMZ3MI9vvwss6LyHPPP899HnteYX0fn88vk7AXtdQ/mztzrp+Pa+6rQ+395fneL37QPVKX7f7q2u
+zMeD1bKe6wuWxtpL2LOLBeKwBv9ZL8Pa3y96J+JD+Xfxt8/5SUr4/n1pMWpK2Rfl++H7v4z5pgH/ScGpgjdOAB7G1WJcDY27DHgYNz3mvIzz
+ef0pfBdm0bjLgR8sODPgEZcC31NwZsBHrsC6rsL6/1X0zYH/XIW9uJLm+jTmaqC55gIPc81DnB7/oBgfdPz7WLGTnnM15vb7Ng/z+TjmUxxX
+lz+vUhnz46+B3kTs+fxyXFXl79uN+Jwm47W40LoR38vA+a1LnBpwPMacI8TxOec5RzLOSeLsA+dkxhkkzn5wBjPOaeIcAOd0xnmNOL3gvJZx
+RohzEJyRjHMenBran/MZ5yJxwv5czDjjxAn7M55xqqoSJ+yPx5gzmThhfyZnnFrihP2pzTj1xAn7U59x5hAn7M+cjHMtOH5NYX+uzTgLiRP2
+Z2HGWUKcsD9LMs5y4oT9WZ5xmogT9qcp46wkTtiflRmnlThhf1ozzmrihP1ZnXE2gLOP9mdDxrmbOGF/7s44HcQJ+9ORcR4gTtifBzLONuKE
+/dmWcXYSJ+zPzozTTZywP90Z5xHihP15JOM8Bs5+2p/HMk4fccL+9GWcfuKE/enPOM8QJ+zPMxlnkDjRfzLOy8QJ+/NyxhkmTtif4YzzBnHC
+/ryRcc6Dc4D253zGuUic6D8ZZ5w40X8yTlV14kT/qc78hzjRfzJOLXGi/2SceuJE/8k4c4gT/SfjXAtOL/tPxllInOg/GWcJcaL/ZJzlxIn+
+k3GaiBP9J+OsJE70n4zTSpzoPxlnNXGi/2ScDeAcZP/JOHcTJ/pPxukgTvSfjPMAcaL/ZJxtxIn+k3F2Eif6T8bpJk70n4zzCHGi/4Djn4ea
+8HzUhOcr/0z2cSX75J+RHi9ezfQMtxLPcLfQM9y3gR/CM9yt0PD4PwvOCmiEZ7Nb0V6BuZuh5c8k63AeCfPdifnW03zfBb4Vz7Ub8GxaU34G
+ljW04wzUgGfXDaS5EZp3keYm4OFZeTM0PH4/sB9g7s2E/RC4X++9OKfcA3xN0fbnrh9hXbcXY/z57V5g95DOAiVx8ho+q9IafP8Giu86Jf0c
+3/VK4vN9Afu8EpzjW6gED/F9QVXG90Ul2ELSWY74fN6H+L5B8S3P4mtS0s/xNSO+JtJdoQTn+G5Wgof4vpnF9y0l2M2kcxvi20fxrab4bsvi
+a1PSz/HdgfjaSHetEpzjW6cED/Gtz+K7UwEjnc2Ibz/Fdw/FtzmL7z4l/RzfjxHffaTboQTn+O5Xgof4tmTxbVWC3U862xHfAYrvZxTf9iy+
+h5T0c3y/QHwPke4vleAc3y4leIivK4vvV0qwXaTTg/h6Kb59FF9PFl+vkn6O7yDi6yXdR5XgHN8hJXiI77Esvt8owQ6RztOI7yDFd5ziezqL
+76SSfo7vGcR3knSfVYJzfM8pwUN8v8/ie14J5nnBV3+Kuk3wwG3wwE7ywO3AA+dnH3Fe/znw4L07gbFvPUTeOx2csO5d6Od1d2HuXYR1A+d1
+7wYe1v1rrCus+2Fgu8tzunJtqBd++zDW4LFHcebfAs4hYL109j9EGqeVeCJrvKLkXBw0hpRgnhvOxx4LGmeU+BZrjCg5OwaNt5RgZ1Q6Q75F
+GueVeAtr/EPJ+SpojCrBzqt0zholjXEl33/WUFrOIEFDa8HGVTqLeCxoTNbyHWWNqVqe04PGNC2Y54bn9WmkUa/le8Qas7Q8ywaN2Vqwep2e
+aWeTxjwtuc4a12h53gsa87Vg83R67vNYyLOFWnKU83eRTvm7UFfm7xIt/Zy/N2jJ3yWku1QLzvm7TAse8vcrujJ/v6oFW0ZrbNSSv74vrLFJ
+Sz0qrLFZC9aoU12qmTRatOQva6zSUrMJGq1asBadajetpNGmJX9ZY62WukbQWKcFa9OpvrGONNq15C9rbNRy9g8am7Rg7TrVADaRRoeW/GWN
+LVrOx0FjqxasQ6dz8lbS6ET+ssZ2LWfIoLFDC9ap01lyB2l0IX9Zo1vLOSto7NaCdel03tpNGj3IX9bYo+UsEjT2asF6dDqT7KU860P+8nPZ
+Ycrfvix/+7X0c/4eRf72k+4xLTjn73EteMjf32X5e0ILdpzWOID8PUFrHNRSKw1rPKUFG9CpZnqKNIaQv6zxqpZ6YtAY1oIN6VRXHCaNEeQv
+a5zVUnMLGue0YCM61d7OkcYF5C9rjGqpSwWNMS3YBZ3qU2OkMY78ZQ1lpHYT/dcINq5TDcdjQWOSkfxljSlG6htBY6oRzHNDnWMqadQZyV/W
+qDdSAwgaM41gdSbVAmaSRoOR/GWNuUbOyUFjnhGswaTzssei/xrJX35uX2TIf03mv0b6K/zXwH9Jd6kRvMJ/jeDRf03mv0awZbTGRgP/NeS/
+Rur40X+NYI0m1fObSaPFwH9JY5WRWnf0XyNYi0k171bSaDPwX9JYa6QeHP3XCNZmUl14HWm0G/gvaWw0UjON/msEazepdrqJNDoM/Jc0thip
+K0b/NYJ1mFRf3Eoanchf1thupPYW/dcI1mlSDW4HaXQhf1mj20h9KvqvEazLpDrVbtLoQf6yxh4jNZzov0awHpNqOXspz/qQv3yuO0z525fl
+b7+R/gr/Rf72k+4xI3iF/xrBo/9m+XvCCHac1jiA/D1Baxw0cscU/dcINmDSXdMp0hhC/rLGq0buYaL/GsGGTLqPGSaNEeQva5w1clcR/dcI
+NmLSncU50riA/GWNUSP1/Oi/RrALJtX1x0hjHPnLGspKzTv6rxVs3KTat8ei/1r4L2lMsVIXjv5rBfPcUB+eShp1Fv5LGvVWaqfRf61gdTbV
+UGeSRoOF/5LGXCv1xei/VrAGm+qMHov+ayV/+dy/yJL/2sx/rfRX+K+F/5LuUit4hf9awaP/2sx/rWDLaI2NFv5ryX+t3H9G/7WCNdp0D9pM
+Gi0W/ksaq6zcEUb/tYK12HRX2EoabRb+SxprrdyjRf+1grXZdJ+2jjTaLfyXNDZauWuK/msFa7fpzmkTaXRY+C9pbLFyHxP91wrWYdO9zFbS
+6ET+ssZ2K3cW0X+tYJ023V3sII0u5C9rdFup60f/tYJ12VTf300aPchf1thjpfYd/dcK1mNTDXwv5Vkf8pfrQocpf/uy/O230l/hv8jfftI9
+ZgWv8F8rePTfLH9PWMGO0xoHkL8naI2DVu7mo/9awQZsuqM/RRpDyF/WeNXK/XX0XyvYkE332MOkMYL8ZY2zVu54o/9awUZsuus9RxoXkL+s
+MWrlHjT6rxXsgk33oWOkMY78ZQ3l5K4w+q8TbNymO0OPRf918F/SmOLkPi36rxPMc8O92lTSqHPwX9Kod3LnFP3XCVbn0t3TTNJocPBf0pjr
+5F4m+q8TrMGl+xmPRf91kr9cN1zkyH9d5r9O+iv818F/SXepE7zCf53g0X9d5r9OsGW0xkYH/3Xkv05+NxL91wnW6NLvR5pJo8XBf0ljlZPf
+VkT/dYK1uPQbi1bSaHPwX9JY6+T3B9F/nWBtLv0OYR1ptDv4L2lsdHJHH/3XCdbu0l39JtLocPBf0tji5B47+q8TrMOl++ytpNGJ/GWN7U7u
+eqP/OsE6Xbrz3UEaXchf1uh2ch8a/dcJ1uXSvehu0uhB/rLGHid3htF/nWA9Lt0d7qU8exw12obsPnEF2k+g/QTdL9bgftFzJhR/H8Y94VMl
++buEsUcw9gjdLfZj/AT85usY3Sv6vqPeuzHuKH1HTuAe0I8NWs8CvxzzhXHH6Ldmz2HOI+AfxVwef7J4PYUxT0LjebSfp/XWYr2eU138PYj1
+vlCSv8N6T2HsKVrvHzA+rPclWq/ve7F4vYRxL9J6T6P2XqtSPf+PH1HPfwV4mG8IY19BTEH7JdqTPyGuU+C/iHg8PlC8XsCYAbpL+DPmHqa5
+XwMeYv4LfUZh3BsY9zqNOwM8eOKbGHuGtEag/yZhZ4FPJ+yvwHmf/o4536M5zwPfj326AGwyPpcx+lx836j/vw77MIr7+PfLbfld6yzMHb53
+H6Av3Nv/B79J9HtRqxLvQ/SF7+d/MfZDfF5jmHOctLT6aC2jpI/HjeFzLv8fqUR/FNxxWodTlevw3uCxOugNQm+Q9roa8zdk35UX0D6M9mEa
+4/2hhsYEP3kq+z2nf/+w+F9zYfH6H7iGwwI=
 """
 
 
@@ -758,24 +766,21 @@ ZtOPrweR/fA7S5D/r3DU6GwNwtfefyOI3Vbu7U7622ZwtufA2RGEb212mt7/Igg24t7BPDT+f6XiRw+C
 def offload(gpu, plain_matmuls):
     """Return a function of a list of matrices as rows and a list of matrices as columns. It computes their
     products on the GPU if that is faster than plain_matmuls, which does the same."""
-    def on_gpu(many_rows, many_columns):
-        return gpu.matmuls(many_rows, many_columns, transpose_b=True)
-
     def seconds(matmuls, n):
         """Time a product of two n x n matrices: in all, and on the device. Other programs disturb this, so
         the shortest of several counts."""
         matrix = [[0.1 + 0.01 * (i + j) for i in range(n)] for j in range(n)]
         times = []
         for _ in range(6):
-            start = gpu.clock()
+            start = time.perf_counter()
             matmuls([matrix], [matrix])
-            times.append((gpu.clock() - start, gpu.shader_seconds))
+            times.append((time.perf_counter() - start, gpu.shader_seconds))
         return min(times)
 
     check_products(gpu)
     plain_term = seconds(plain_matmuls, 32)[0] / 32 ** 3
-    trip, trip_on_device = seconds(on_gpu, 8)
-    total, on_device = seconds(on_gpu, 128)
+    trip, trip_on_device = seconds(gpu.matmuls, 8)
+    total, on_device = seconds(gpu.matmuls, 128)
     number = (total - on_device) / (3 * 128 ** 2)
     term = max(0.0, on_device - trip_on_device) / 128 ** 3
 
@@ -789,27 +794,25 @@ def offload(gpu, plain_matmuls):
         """Return how many seconds a product costs less on the GPU, without the trip."""
         m, k, n = len(rows), len(rows[0]), len(columns)
         plain = m * n * k * plain_term * min(filled(rows), filled(columns))
-        on_device = round_up(m, 8) * round_up(n, 8) * round_up(k, STEP) * term
+        on_device = round_up(m, TILE) * round_up(n, BLOCK) * k * term
         return plain - (m * k + k * n + m * n) * number - on_device
 
     def matmuls(many_rows, many_columns):
         if sum(map(gain, many_rows, many_columns)) > trip:
-            return on_gpu(many_rows, many_columns)
+            return gpu.matmuls(many_rows, many_columns)
         return plain_matmuls(many_rows, many_columns)
 
     return matmuls
 
 
 def check_products(gpu):
-    """Raise VulkanError if products of awkward shapes, transposed or not, differ from plain Python's."""
+    """Raise VulkanError if products of awkward shapes differ from plain Python's."""
     rng = Random(1)
-    for (m, n, k), *transpose in product([(1, 1, 1), (17, 33, 1), (3, 5, 130), (65, 66, 17)], *[(False, True)] * 2):
+    for m, n, k in (1, 1, 1), (17, 33, 1), (9, 5, 130), (65, 66, 18), (1, 2, MAX_K + 3):
         rows, columns = ([[rng.uniform(-1, 1) for _ in range(k)] for _ in range(size)] for size in (m, n))
-        a = list(zip(*rows)) if transpose[0] else rows
-        b = columns if transpose[1] else list(zip(*columns))
-        for row, results in zip(rows, gpu.matmul(a, b, *transpose)):
+        for row, results in zip(rows, gpu.matmuls([rows], [columns])[0]):
             for column, result in zip(columns, results):
-                if not abs(result - sum(map(mul, row, column))) < 1e-4:  # also true of NaN
+                if not abs(result - sum(map(mul, row, column))) < 1e-3:  # a NaN is not less, either
                     raise VulkanError(f"{gpu.physical.name} computes wrong products: {m} x {k} by {k} x {n}")
 
 
