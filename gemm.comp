@@ -8,7 +8,7 @@
 //
 // Why blocks. Arithmetic is fast and memory is slow. An invocation that made one element would fetch two
 // numbers for every multiplication. One that makes 8 x 8 fetches 16 numbers for 64 multiplications, and keeps
-// its 64 sums in registers. For that the loops over the block must be unrolled, since registers have no index.
+// its 64 sums in registers. Registers have no index, so the loops over the block must be unrolled.
 //
 // Why texel buffers. A and B are read through the units that read textures, four floats (a vec4) at a time.
 // Neighboring invocations need the same rows, and find them in the cache of these units. Drivers that run on

@@ -28,24 +28,8 @@ MAX_K = 1 << 13       # longer dot products take several dispatches, as some dri
 MAX_TERMS = 1 << 27   # multiplications in one submission: less than half a second, even on a processor
 WAIT_SLICE = 0.05     # seconds: Python handles signals only between two waits
 
-
 class VulkanError(RuntimeError):
-    """Anything that keeps Vulkan from doing its work, in one line. `code` is the VkResult, or None."""
-
-    def __init__(self, message, code=None):
-        super().__init__(message)
-        self.code = code
-
-
-# ---- Results ---------------------------------------------------------------------------------------------
-# Most Vulkan calls return a VkResult. 0 is success and a negative number is an error. Of the positive ones
-# only VK_TIMEOUT matters here: a wait ran out of time.
-
-VK_TIMEOUT, VK_ERROR_DEVICE_LOST = 2, -4
-RESULT_NAMES = dict(zip(range(-1, -14, -1), """OUT_OF_HOST_MEMORY OUT_OF_DEVICE_MEMORY INITIALIZATION_FAILED
-    DEVICE_LOST MEMORY_MAP_FAILED LAYER_NOT_PRESENT EXTENSION_NOT_PRESENT FEATURE_NOT_PRESENT
-    INCOMPATIBLE_DRIVER TOO_MANY_OBJECTS FORMAT_NOT_SUPPORTED FRAGMENTED_POOL UNKNOWN""".split()))
-
+    """Anything that keeps Vulkan from doing its work, in one line."""
 
 # ---- Structures ------------------------------------------------------------------------------------------
 # Vulkan takes its arguments in C structures. Each line declares one: its name, its sType if it has one, then
@@ -106,7 +90,6 @@ VkPhysicalDeviceProperties apiVersion:u driverVersion:u vendorID:u deviceID:u de
     pipelineCacheUUID:c16 limits:VkPhysicalDeviceLimits sparseProperties:u5
 """
 
-
 def declare(name, s_type, fields, declared):
     """Return the ctypes class for one line of the table. Pointer fields are given the object to point to."""
     pairs = [("sType", c_uint32), ("pNext", c_void_p)] if s_type else []
@@ -122,7 +105,6 @@ def declare(name, s_type, fields, declared):
         ctypes.Structure.__init__(self, **values, **defaults)
 
     return type(name, (ctypes.Structure,), {"_fields_": pairs, "__init__": __init__})
-
 
 for _name, _s_type, _fields in re.findall(r"(?m)^(Vk\w+)(?: (\d+))?((?:\s+\w+:\w+)+)", STRUCTURES):
     globals()[_name] = declare(_name, _s_type, _fields, globals())
@@ -141,10 +123,14 @@ STAGE_COMPUTE, STAGE_HOST = 0x800, 0x4000                       # VkPipelineStag
 SHADER_READ, SHADER_WRITE, HOST_READ = 0x20, 0x40, 0x2000       # VkAccessFlags
 ONE_TIME_SUBMIT = 1                                             # VkCommandBufferUsageFlags
 
-
 # ---- The loader ------------------------------------------------------------------------------------------
 # Vulkan's functions live in one system library, the loader, which passes each call on to the right driver.
-# Each line is a function and the letters of its arguments; "=" marks those that return a VkResult.
+# Each word is a function and the letters of its arguments. "=" marks those that return a VkResult: 0 is
+# success, a negative number an error, and a positive one (here only of a wait that ran out of time) neither.
+
+RESULT_NAMES = dict(zip(range(-1, -12, -1), """OUT_OF_HOST_MEMORY OUT_OF_DEVICE_MEMORY INITIALIZATION_FAILED
+    DEVICE_LOST MEMORY_MAP_FAILED LAYER_NOT_PRESENT EXTENSION_NOT_PRESENT FEATURE_NOT_PRESENT
+    INCOMPATIBLE_DRIVER TOO_MANY_OBJECTS FORMAT_NOT_SUPPORTED""".split()))
 
 FUNCTIONS = """
 vkEnumerateInstanceExtensionProperties=ppp vkCreateInstance=ppp vkDestroyInstance:pp
@@ -152,12 +138,13 @@ vkEnumeratePhysicalDevices=ppp vkGetPhysicalDeviceProperties:pp vkGetPhysicalDev
 vkGetPhysicalDeviceQueueFamilyProperties:ppp vkEnumerateDeviceExtensionProperties=pppp
 vkCreateDevice=pppp vkDestroyDevice:pp vkGetDeviceQueue:puup
 vkCreateBuffer=pppp vkDestroyBuffer:php vkCreateBufferView=pppp vkDestroyBufferView:php
-vkGetBufferMemoryRequirements:php vkAllocateMemory=pppp vkFreeMemory:php vkBindBufferMemory=phhq vkMapMemory=phqqup
-vkCreateShaderModule=pppp vkDestroyShaderModule:php vkCreateDescriptorSetLayout=pppp
-vkDestroyDescriptorSetLayout:php vkCreatePipelineLayout=pppp vkDestroyPipelineLayout:php
-vkCreateComputePipelines=phuppp vkDestroyPipeline:php vkCreateDescriptorPool=pppp
-vkDestroyDescriptorPool:php vkAllocateDescriptorSets=ppp vkUpdateDescriptorSets:pupup
-vkCreateCommandPool=pppp vkDestroyCommandPool:php vkResetCommandPool=phu vkAllocateCommandBuffers=ppp
+vkGetBufferMemoryRequirements:php vkAllocateMemory=pppp vkFreeMemory:php vkBindBufferMemory=phhq
+vkMapMemory=phqqup vkCreateShaderModule=pppp vkDestroyShaderModule:php
+vkCreateDescriptorSetLayout=pppp vkDestroyDescriptorSetLayout:php vkCreatePipelineLayout=pppp
+vkDestroyPipelineLayout:php vkCreateComputePipelines=phuppp vkDestroyPipeline:php
+vkCreateDescriptorPool=pppp vkDestroyDescriptorPool:php vkAllocateDescriptorSets=ppp
+vkUpdateDescriptorSets:pupup vkCreateCommandPool=pppp vkDestroyCommandPool:php
+vkResetCommandPool=phu vkAllocateCommandBuffers=ppp
 vkBeginCommandBuffer=pp vkEndCommandBuffer=p vkCmdBindPipeline:puh vkCmdBindDescriptorSets:puhuupup
 vkCmdPushConstants:phuuup vkCmdDispatch:puuu vkCmdPipelineBarrier:puuuupupup vkCreateFence=pppp
 vkDestroyFence:php vkResetFences=pup vkWaitForFences=pupuq vkQueueSubmit=puph vkQueueWaitIdle=p
@@ -169,7 +156,6 @@ INSTALL = {"apt": "apt install libvulkan1 mesa-vulkan-drivers",
            "zypper": "zypper install libvulkan1 and your card's driver, such as libvulkan_radeon",
            "apk": "apk add vulkan-loader and your card's driver, such as mesa-vulkan-ati",
            "brew": "brew install vulkan-loader molten-vk"}
-
 
 def open_library():
     """Return the system's Vulkan loader, or on macOS at least MoltenVK, which can do without a loader."""
@@ -191,7 +177,6 @@ def open_library():
     hint = hints.get(sys.platform) or (found or ["install your system's Vulkan loader, libvulkan.so.1"])[0]
     raise VulkanError(f"no Vulkan loader on this system ({hint})")
 
-
 class Vulkan:
     """The loader's functions, each with its argument types, and with its VkResult checked if it has one."""
 
@@ -210,14 +195,16 @@ class Vulkan:
         def call(*arguments):
             result = function(*arguments)
             if result < 0:
-                raise VulkanError(f"{name}: VK_ERROR_{RESULT_NAMES.get(result, result)}", result)
+                raise VulkanError(f"{name}: VK_ERROR_{RESULT_NAMES.get(result, result)}")
             return result
         return call
 
-    def create(self, kind, device, info):
-        """Call vkCreate<kind>(device, info) and return the new object's handle."""
+    def create(self, kind, device, info, undo):
+        """Call vkCreate<kind>(device, info) and return the new object's handle. The ExitStack `undo` is told
+        how to destroy it."""
         handle = c_uint64()
         getattr(self, "vkCreate" + kind)(device, byref(info), None, byref(handle))
+        undo.callback(getattr(self, "vkDestroy" + kind), device, handle, None)
         return handle.value
 
     @staticmethod
@@ -229,7 +216,6 @@ class Vulkan:
         if count.value:
             function(*arguments, byref(count), elements)
         return list(elements[:count.value])
-
 
 # ---- Instance and device ---------------------------------------------------------------------------------
 # The instance is this program's connection to Vulkan, and through it the physical devices are listed. A
@@ -243,7 +229,6 @@ def chosen_extensions(vk, function, owner, wanted):
     names = [name for name in wanted if name in offered]
     return {"enabledExtensionCount": len(names), "ppEnabledExtensionNames": (c_char_p * 2)(*names)}
 
-
 def create_instance(vk):
     extensions = chosen_extensions(vk, vk.vkEnumerateInstanceExtensionProperties, [], [
         b"VK_KHR_get_physical_device_properties2", b"VK_KHR_portability_enumeration"])
@@ -255,54 +240,44 @@ def create_instance(vk):
     vk.vkCreateInstance(byref(info), None, byref(instance))
     return instance.value
 
-
 class PhysicalDevice:
     """What a device says about itself before it is opened."""
 
-    def __init__(self, vk, handle, index):
-        self.handle, self.index = handle, index
+    def __init__(self, vk, handle):
         properties, self.memory = VkPhysicalDeviceProperties(), VkPhysicalDeviceMemoryProperties()
         vk.vkGetPhysicalDeviceProperties(handle, byref(properties))
         vk.vkGetPhysicalDeviceMemoryProperties(handle, byref(self.memory))
-        self.limits = properties.limits
+        self.handle, self.limits = handle, properties.limits
         self.name = properties.deviceName.decode(errors="replace")
         self.kind = DEVICE_TYPES.get(properties.deviceType, "other")
         families = vk.array_of(VkQueueFamilyProperties, vk.vkGetPhysicalDeviceQueueFamilyProperties, handle)
-        self.queue_family = next((i for i, f in enumerate(families) if f.queueFlags & QUEUE_COMPUTE), None)
-        self.usable = self.queue_family is not None
-
-    def __str__(self):
-        return f"device {self.index}: {self.name} ({self.kind}{'' if self.usable else ', unusable'})"
-
+        self.queue_families = [i for i, each in enumerate(families) if each.queueFlags & QUEUE_COMPUTE]
 
 def list_devices(vk, instance):
-    handles = vk.array_of(c_void_p, vk.vkEnumeratePhysicalDevices, instance)
-    return [PhysicalDevice(vk, handle, index) for index, handle in enumerate(handles)]
-
+    """Return the devices that can compute, the best kinds first."""
+    devices = [PhysicalDevice(vk, handle)
+               for handle in vk.array_of(c_void_p, vk.vkEnumeratePhysicalDevices, instance)]
+    kinds = list(DEVICE_TYPES.values())
+    return sorted([each for each in devices if each.queue_families], key=lambda each: kinds.index(each.kind))
 
 def choose_device(devices):
-    """Return the device that MICROGPT_VULKAN_DEVICE names by its index, or else the first of the best kind."""
-    wanted = os.environ.get("MICROGPT_VULKAN_DEVICE", "")
-    usable = [device for device in devices if device.usable and wanted in ("", str(device.index))]
-    if not usable and wanted:
-        there = "; ".join(map(str, devices)) or "there are none"
-        raise VulkanError(f"MICROGPT_VULKAN_DEVICE={wanted} is not a usable device: {there}")
-    if not usable:
-        raise VulkanError("no Vulkan device on this system can run compute shaders")
-    order = list(DEVICE_TYPES.values())
-    return min(usable, key=lambda device: order.index(device.kind))
-
+    """Return the first device, or the one that MICROGPT_VULKAN_DEVICE names by its index."""
+    wanted = os.environ.get("MICROGPT_VULKAN_DEVICE") or "0"
+    if not devices:
+        raise VulkanError("no Vulkan device on this system can compute")
+    if not wanted.isdecimal() or int(wanted) >= len(devices):
+        raise VulkanError(f"MICROGPT_VULKAN_DEVICE={wanted} must be a number below {len(devices)}")
+    return devices[int(wanted)]
 
 def create_device(vk, physical):
     extensions = chosen_extensions(vk, vk.vkEnumerateDeviceExtensionProperties, [physical.handle], [
         b"VK_KHR_portability_subset"])  # must be enabled where it is offered
-    queue = VkDeviceQueueCreateInfo(queueFamilyIndex=physical.queue_family, queueCount=1,
+    queue = VkDeviceQueueCreateInfo(queueFamilyIndex=physical.queue_families[0], queueCount=1,
                                     pQueuePriorities=c_float(1.0))
     info = VkDeviceCreateInfo(queueCreateInfoCount=1, pQueueCreateInfos=queue, **extensions)
     device = c_void_p()
     vk.vkCreateDevice(physical.handle, byref(info), None, byref(device))
     return device.value
-
 
 # ---- Memory ----------------------------------------------------------------------------------------------
 # A buffer is a range of bytes that shaders can use. It is bound to memory of one of the device's types, here
@@ -313,7 +288,6 @@ def create_device(vk, physical):
 # saves us flushing.
 
 HOST = HOST_VISIBLE | HOST_COHERENT
-
 
 class Buffer:
     """A buffer that grows by powers of two. The host sees its bytes in `mapped`, a ctypes array, and shaders
@@ -332,18 +306,13 @@ class Buffer:
             raise VulkanError(f"{size} bytes in one buffer are more than the {limit} of {self.physical.name}")
         self.free()
         capacity = min(limit, max(1 << 16, 1 << (size - 1).bit_length()))
-        self.handle = self._create("Buffer", VkBufferCreateInfo(
-            size=capacity, usage=TEXEL_USAGE if self.is_input else STORAGE_USAGE))
+        info = VkBufferCreateInfo(size=capacity, usage=TEXEL_USAGE if self.is_input else STORAGE_USAGE)
+        self.handle = self.vk.create("Buffer", self.device, info, self._undo)
         self.mapped = (c_char * capacity).from_address(self._bind())
         if self.is_input:
-            self.view = self._create("BufferView", VkBufferViewCreateInfo(
-                buffer=self.handle, format=FOUR_FLOATS, range=capacity))
+            info = VkBufferViewCreateInfo(buffer=self.handle, format=FOUR_FLOATS, range=capacity)
+            self.view = self.vk.create("BufferView", self.device, info, self._undo)
         self.capacity = capacity
-
-    def _create(self, kind, info):
-        handle = self.vk.create(kind, self.device, info)
-        self._undo.callback(getattr(self.vk, "vkDestroy" + kind), self.device, handle, None)
-        return handle
 
     def _bind(self):
         """Give the buffer memory of the best type that has enough of it. Return where the host sees it."""
@@ -378,7 +347,6 @@ class Buffer:
         self.capacity, self.handle, self.view, self.mapped = 0, None, None, None
         self._undo.close()
 
-
 # ---- Lists of rows and bytes -----------------------------------------------------------------------------
 # The slow part of a small product is not the arithmetic but turning Python floats into packed 32-bit ones and
 # back. One C call moves a whole row: struct.pack_into writes it straight to the memory that the device reads.
@@ -390,7 +358,6 @@ def shape_of(rows, name):
     if any(len(row) != width for row in rows):
         raise ValueError(f"the rows of {name} differ in length")
     return height, width
-
 
 def write_rows(rows, pitch, buffer, offset):
     """Pack the rows into the buffer from byte `offset` on, each padded with zeros to `pitch` vec4s."""
@@ -405,11 +372,9 @@ def write_rows(rows, pitch, buffer, offset):
         pack_into(view, offset, *row)
         offset += 16 * pitch
 
-
 def read_rows(buffer, offset, height, width):
     packed = ctypes.string_at(addressof(buffer.mapped) + offset, 4 * height * width)
     return list(map(list, struct.iter_unpack(f"{width}f", packed)))
-
 
 # ---- Products --------------------------------------------------------------------------------------------
 # All products of a call lie one after another in the buffers, and take a dispatch each in one submission,
@@ -419,14 +384,12 @@ def read_rows(buffer, offset, height, width):
 
 CONSTANTS = struct.Struct("9I")  # those of gemm.comp, in its order
 
-
 def round_up(n, unit):
     return -(-n // unit) * unit
 
-
 def dispatches(m, n, k, a, b, c):
-    """Yield for each part of a product its push constants, its workgroups in x and y, the number of its
-    multiplications, and whether it adds to the part before. a, b and c are byte offsets in the buffers."""
+    """Yield for each part of a product its push constants, its workgroups in x and y, whether it adds to the
+    part before, and the number of its multiplications. a, b and c are byte offsets in the buffers."""
     pitch = round_up(k, 4) // 4
     each = TILE * TILE * round_up(min(k, MAX_K), 4)  # multiplications of a workgroup
     high = min(-(-m // TILE), MAX_TERMS // each)  # at most 2^13 workgroups: every device allows 65,535
@@ -437,8 +400,7 @@ def dispatches(m, n, k, a, b, c):
             height, width, min(MAX_K // 4, pitch - first // 4),
             a // 16 + row * pitch + first // 4, b // 16 + column * pitch + first // 4,
             c // 4 + row * n + column, pitch, n, first > 0)
-        yield constants, -(-height // TILE), -(-width // TILE), high * wide * each, first > 0
-
+        yield constants, -(-height // TILE), -(-width // TILE), first > 0, high * wide * each
 
 class VulkanGemm:
     """Matrix products on one device; a context manager. Threads that share it take turns."""
@@ -454,10 +416,6 @@ class VulkanGemm:
             self._make_pipeline(load_shader())
             self._make_descriptor_set()
             self._make_commands()
-            self.buffers = [Buffer(self.vk, self.device, self.physical, is_input)
-                            for is_input in (True, True, False)]
-            for buffer in self.buffers:
-                self._undo.callback(buffer.free)
         except BaseException:
             self.close()
             raise
@@ -476,29 +434,28 @@ class VulkanGemm:
             self.closed = True
             try:
                 self._finish_pending()
-            except VulkanError as error:
-                if error.code != VK_ERROR_DEVICE_LOST:
-                    self._undo.pop_all()  # it may still be running: better to leak memory than to crash
+            except VulkanError:
+                self._undo.pop_all()  # the device may be running still, see _submit()
             self._undo.close()
 
     def _create(self, kind, info):
-        """Make an object of the device, to be destroyed at close()."""
-        handle = self.vk.create(kind, self.device, info)
-        self._undo.callback(getattr(self.vk, "vkDestroy" + kind), self.device, handle, None)
-        return handle
+        return self.vk.create(kind, self.device, info, self._undo)
 
     # -- Setting up: device, pipeline, descriptor set, command buffer and fence, each once.
 
     def _open_device(self):
         self.vk = vk = Vulkan()
-        instance = create_instance(vk)
-        self._undo.callback(vk.vkDestroyInstance, instance, None)
-        self.physical = choose_device(list_devices(vk, instance))
+        self.instance = create_instance(vk)
+        self._undo.callback(vk.vkDestroyInstance, self.instance, None)
+        self.physical = choose_device(list_devices(vk, self.instance))
         self.device = create_device(vk, self.physical)
         self._undo.callback(vk.vkDestroyDevice, self.device, None)
         queue = c_void_p()
-        vk.vkGetDeviceQueue(self.device, self.physical.queue_family, 0, byref(queue))
+        vk.vkGetDeviceQueue(self.device, self.physical.queue_families[0], 0, byref(queue))
         self.queue = queue.value
+        self.buffers = [Buffer(vk, self.device, self.physical, is_input) for is_input in (True, True, False)]
+        for buffer in self.buffers:
+            self._undo.callback(buffer.free)
 
     def _make_pipeline(self, spirv):
         """Make a pipeline of the shader and the shape of its arguments: three buffers and push constants."""
@@ -513,15 +470,12 @@ class VulkanGemm:
             setLayoutCount=1, pSetLayouts=c_uint64(self.set_layout),
             pushConstantRangeCount=1, pPushConstantRanges=constants))
         code = (c_uint32 * (len(spirv) // 4)).from_buffer_copy(spirv)
-        module = self.vk.create("ShaderModule", self.device, VkShaderModuleCreateInfo(
-            codeSize=len(spirv), pCode=code))
-        try:
+        info, pipeline = VkShaderModuleCreateInfo(codeSize=len(spirv), pCode=code), c_uint64()
+        with ExitStack() as undo:  # the pipeline has its own copy of the module
+            module = self.vk.create("ShaderModule", self.device, info, undo)
             stage = VkPipelineShaderStageCreateInfo(stage=COMPUTE, module=module, pName=b"main")
             info = VkComputePipelineCreateInfo(stage=stage, layout=self.layout, basePipelineIndex=-1)
-            pipeline = c_uint64()
             self.vk.vkCreateComputePipelines(self.device, 0, 1, byref(info), None, byref(pipeline))
-        finally:
-            self.vk.vkDestroyShaderModule(self.device, module, None)  # the pipeline has its own copy
         self.pipeline = pipeline.value
         self._undo.callback(self.vk.vkDestroyPipeline, self.device, self.pipeline, None)
 
@@ -538,7 +492,7 @@ class VulkanGemm:
 
     def _make_commands(self):
         self.command_pool = self._create("CommandPool", VkCommandPoolCreateInfo(
-            queueFamilyIndex=self.physical.queue_family))
+            queueFamilyIndex=self.physical.queue_families[0]))
         info = VkCommandBufferAllocateInfo(commandPool=self.command_pool, commandBufferCount=1)
         commands = c_void_p()
         self.vk.vkAllocateCommandBuffers(self.device, byref(info), byref(commands))
@@ -610,8 +564,7 @@ class VulkanGemm:
     def _run(self, parts):
         """Do all dispatches, in as few submissions as MAX_TERMS allows."""
         submissions, room = [], 0
-        for part in parts:
-            terms = part[3]
+        for *part, terms in parts:
             if terms > room:
                 submissions.append([])
                 room = MAX_TERMS
@@ -630,7 +583,7 @@ class VulkanGemm:
         vk.vkCmdBindPipeline(commands, BIND_COMPUTE, self.pipeline)
         sets = c_uint64(self.descriptor_set)
         vk.vkCmdBindDescriptorSets(commands, BIND_COMPUTE, self.layout, 0, 1, byref(sets), 0, None)
-        for constants, x, y, _, adds in parts:
+        for constants, x, y, adds in parts:
             if adds:
                 self._barrier(STAGE_COMPUTE, SHADER_READ | SHADER_WRITE)
             vk.vkCmdPushConstants(commands, self.layout, COMPUTE, 0, CONSTANTS.size, constants)
@@ -650,30 +603,24 @@ class VulkanGemm:
     def _submit(self):
         """Hand the command buffer to the device and wait until the fence says that it is done.
 
-        An exception may interrupt this anywhere. Then `pending` stays set, and _finish_pending() cleans up.
-        So the wait is in slices: Python handles signals only between them."""
+        An exception may interrupt this anywhere. Then `pending` stays set for _finish_pending(). Python
+        handles signals only between two calls, so the wait is in slices."""
         info = VkSubmitInfo(commandBufferCount=1, pCommandBuffers=c_void_p(self.commands))
         self.pending = True
         self.vk.vkQueueSubmit(self.queue, 1, byref(info), self.fence)
-        slices, nanoseconds = int(self.timeout / WAIT_SLICE), int(WAIT_SLICE * 1e9)
-        while self.vk.vkWaitForFences(self.device, 1, byref(self.fence), 1, nanoseconds) == VK_TIMEOUT:
-            slices -= 1
-            if slices <= 0:
-                self.closed = True
-                self._undo.pop_all()  # it is still running: better to leak memory than to crash
-                raise VulkanError(f"{self.physical.name} has not finished after {self.timeout:g} seconds")
-        self._reset_fence()
-
-    def _reset_fence(self):
-        self.vk.vkResetFences(self.device, 1, byref(self.fence))
-        self.pending = False
+        for _ in range(int(self.timeout / WAIT_SLICE)):
+            if self.vk.vkWaitForFences(self.device, 1, byref(self.fence), 1, int(WAIT_SLICE * 1e9)) == 0:
+                return self._finish_pending()
+        self.closed = True
+        self._undo.pop_all()  # it is still running: better to leak memory than to free what is in use
+        raise VulkanError(f"{self.physical.name} has not finished after {self.timeout:g} seconds")
 
     def _finish_pending(self):
-        """Wait for a submission that was interrupted, whether or not it ever reached the device."""
+        """Wait for a submission, even an interrupted one that may never have reached the device."""
         if self.pending:
             self.vk.vkQueueWaitIdle(self.queue)
-            self._reset_fence()
-
+            self.vk.vkResetFences(self.device, 1, byref(self.fence))
+            self.pending = False
 
 # ---- The shader ------------------------------------------------------------------------------------------
 # Vulkan takes shaders as SPIR-V, which glslc compiles from GLSL. This file carries gemm.comp compiled, along
@@ -681,82 +628,56 @@ class VulkanGemm:
 
 SOURCE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "gemm.comp")
 
-
 def source_hash():
     """Return the SHA-256 of gemm.comp, whichever way its lines end."""
     with open(SOURCE, "rb") as file:
         return hashlib.sha256(file.read().replace(b"\r\n", b"\n")).hexdigest()
-
 
 def load_shader():
     if os.path.exists(SOURCE) and source_hash() != SHADER_SHA256:
         raise VulkanError("gemm.comp was edited: run `python vulkan_gemm.py --compile`, which needs glslc")
     return zlib.decompress(base64.b64decode(SHADER_SPIRV))
 
-
 def compile_shader():
     """Put the newly compiled shader and the hash of its source into this file."""
-    done = subprocess.run(["glslc", "-O", SOURCE, "-o", "-"], stdout=subprocess.PIPE, check=True)
-    encoded = base64.b64encode(zlib.compress(done.stdout, 9)).decode()
-    lines = "\n".join(encoded[i:i + 108] for i in range(0, len(encoded), 108))
+    done = subprocess.run(["glslc", SOURCE, "-o", "-"], stdout=subprocess.PIPE, check=True)
+    lines = re.sub("(.{108})", r"\1\n", base64.b64encode(zlib.compress(done.stdout, 9)).decode())
+    constants = f'SHADER_SHA256 = "{source_hash()}"\nSHADER_SPIRV = """\n{lines}\n"""\n'
     with open(__file__, encoding="utf-8", newline="") as file:
-        text = file.read()
-    text = re.sub(r'(?m)^SHADER_SHA256 = ".*"', f'SHADER_SHA256 = "{source_hash()}"', text)
-    text = re.sub(r'(?m)^SHADER_SPIRV = """[^"]*"""', f'SHADER_SPIRV = """\n{lines}\n"""', text)
+        text = re.sub(r'(?ms)^SHADER_SHA256 = .*?"""\n.*?"""\n', constants, file.read())
     with open(__file__, "w", encoding="utf-8", newline="") as file:
         file.write(text)
 
-
-SHADER_SHA256 = "44ae5c778042e8173da0afea75e5e7a35636117746b8d97f89d771d91a6c9d0a"
+SHADER_SHA256 = "6fbac848cda707e53b27c7d60dd1da67a7229982e6c3b3ae6f15b5d2023e299e"
 SHADER_SPIRV = """
-eNqFWn1s1dUZvuerlfHpWmFdgSmaDpSQuUzHNgbCNlxWW9xkpqGJZoQKuGwJFZhzugpZ/MMVSDbc6Mr8wz8avoq4ZLEqWGCgzloyjczOzmSK
-FaYzDtZO3Oa637nvc8557onJSG5uz3Oe85z3nPveh995zzX6yupSSZUmliaXHi3+8v8uLekCkfcFxfvEUlW5feNNt9y04K6NaxZ87rrPeN6U
-kinzfd/UguOKd1u8vved9d/3+KTiNa3AbVmrVLoEr7JWgU4qa5dKM4vX14vRdTJ96Uq8B0wBs4RpYJcQZoBNIswCm0aYA1ZLWBWwTxBWDYzj
-uwTY5eU1mBiLX8/a4n0OYg/tK6j9YNb/IPrDfryNOMI638n2w8/3Dtbp+e9meu9CL8TzMSX762OsKVBd7jfl8f7vywpOFdbi/12D9gSsc4bX
-QEymzLNlPR+vx7+E9iRgYfxk6Hn+FPRVUX8NsNoiihnF++xCJXwG/+/lNT+JGOsQg2/XA/Nrmok1hZh8exbFNBvcKupvAH96sdLFGD+z6FtS
-vC8G37dvKN6XoO21liJPboCW536N5lqO/sU01y3Yf7+/t6PPltczobQGbVeq/KfwXl/E11a8r4H+HcDbsBe+vZY+Tz/fenx+oX0X1h74D2b8
-TsQT2sOIJ7Rfx5pmFapvI97ZyM23EdffsMZ3MI9vvwss6LyHPPP899HnteYX0fn88vk7AXtdQ/mztzrp+Pa+6rQ+395fneL37QPVKX7f7q2u
-zMeD1bKe6wuWxtpL2LOLBeKwBv9ZL8Pa3y96J+JD+Xfxt8/5SUr4/n1pMWpK2Rfl++H7v4z5pgH/ScGpgjdOAB7G1WJcDY27DHgYNz3mvIzz
-ef0pfBdm0bjLgR8sODPgEZcC31NwZsBHrsC6rsL6/1X0zYH/XIW9uJLm+jTmaqC55gIPc81DnB7/oBgfdPz7WLGTnnM15vb7Ng/z+TjmUxxX
-lz+vUhnz46+B3kTs+fxyXFXl79uN+Jwm47W40LoR38vA+a1LnBpwPMacI8TxOec5RzLOSeLsA+dkxhkkzn5wBjPOaeIcAOd0xnmNOL3gvJZx
-RohzEJyRjHMenBran/MZ5yJxwv5czDjjxAn7M55xqqoSJ+yPx5gzmThhfyZnnFrihP2pzTj1xAn7U59x5hAn7M+cjHMtOH5NYX+uzTgLiRP2
-Z2HGWUKcsD9LMs5y4oT9WZ5xmogT9qcp46wkTtiflRmnlThhf1ozzmrihP1ZnXE2gLOP9mdDxrmbOGF/7s44HcQJ+9ORcR4gTtifBzLONuKE
-/dmWcXYSJ+zPzozTTZywP90Z5xHihP15JOM8Bs5+2p/HMk4fccL+9GWcfuKE/enPOM8QJ+zPMxlnkDjRfzLOy8QJ+/NyxhkmTtif4YzzBnHC
-/ryRcc6Dc4D253zGuUic6D8ZZ5w40X8yTlV14kT/qc78hzjRfzJOLXGi/2SceuJE/8k4c4gT/SfjXAtOL/tPxllInOg/GWcJcaL/ZJzlxIn+
-k3GaiBP9J+OsJE70n4zTSpzoPxlnNXGi/2ScDeAcZP/JOHcTJ/pPxukgTvSfjPMAcaL/ZJxtxIn+k3F2Eif6T8bpJk70n4zzCHGi/4Djn4ea
-8HzUhOcr/0z2cSX75J+RHi9ezfQMtxLPcLfQM9y3gR/CM9yt0PD4PwvOCmiEZ7Nb0V6BuZuh5c8k63AeCfPdifnW03zfBb4Vz7Ub8GxaU34G
-ljW04wzUgGfXDaS5EZp3keYm4OFZeTM0PH4/sB9g7s2E/RC4X++9OKfcA3xN0fbnrh9hXbcXY/z57V5g95DOAiVx8ho+q9IafP8Giu86Jf0c
-3/VK4vN9Afu8EpzjW6gED/F9QVXG90Ul2ELSWY74fN6H+L5B8S3P4mtS0s/xNSO+JtJdoQTn+G5Wgof4vpnF9y0l2M2kcxvi20fxrab4bsvi
-a1PSz/HdgfjaSHetEpzjW6cED/Gtz+K7UwEjnc2Ibz/Fdw/FtzmL7z4l/RzfjxHffaTboQTn+O5Xgof4tmTxbVWC3U862xHfAYrvZxTf9iy+
-h5T0c3y/QHwPke4vleAc3y4leIivK4vvV0qwXaTTg/h6Kb59FF9PFl+vkn6O7yDi6yXdR5XgHN8hJXiI77Esvt8owQ6RztOI7yDFd5ziezqL
-76SSfo7vGcR3knSfVYJzfM8pwUN8v8/ie14J5nnBV3+Kuk3wwG3wwE7ywO3AA+dnH3Fe/znw4L07gbFvPUTeOx2csO5d6Od1d2HuXYR1A+d1
-7wYe1v1rrCus+2Fgu8tzunJtqBd++zDW4LFHcebfAs4hYL109j9EGqeVeCJrvKLkXBw0hpRgnhvOxx4LGmeU+BZrjCg5OwaNt5RgZ1Q6Q75F
-GueVeAtr/EPJ+SpojCrBzqt0zholjXEl33/WUFrOIEFDa8HGVTqLeCxoTNbyHWWNqVqe04PGNC2Y54bn9WmkUa/le8Qas7Q8ywaN2Vqwep2e
-aWeTxjwtuc4a12h53gsa87Vg83R67vNYyLOFWnKU83eRTvm7UFfm7xIt/Zy/N2jJ3yWku1QLzvm7TAse8vcrujJ/v6oFW0ZrbNSSv74vrLFJ
-Sz0qrLFZC9aoU12qmTRatOQva6zSUrMJGq1asBadajetpNGmJX9ZY62WukbQWKcFa9OpvrGONNq15C9rbNRy9g8am7Rg7TrVADaRRoeW/GWN
-LVrOx0FjqxasQ6dz8lbS6ET+ssZ2LWfIoLFDC9ap01lyB2l0IX9Zo1vLOSto7NaCdel03tpNGj3IX9bYo+UsEjT2asF6dDqT7KU860P+8nPZ
-Ycrfvix/+7X0c/4eRf72k+4xLTjn73EteMjf32X5e0ILdpzWOID8PUFrHNRSKw1rPKUFG9CpZnqKNIaQv6zxqpZ6YtAY1oIN6VRXHCaNEeQv
-a5zVUnMLGue0YCM61d7OkcYF5C9rjGqpSwWNMS3YBZ3qU2OkMY78ZQ1lpHYT/dcINq5TDcdjQWOSkfxljSlG6htBY6oRzHNDnWMqadQZyV/W
-qDdSAwgaM41gdSbVAmaSRoOR/GWNuUbOyUFjnhGswaTzssei/xrJX35uX2TIf03mv0b6K/zXwH9Jd6kRvMJ/jeDRf03mv0awZbTGRgP/NeS/
-Rur40X+NYI0m1fObSaPFwH9JY5WRWnf0XyNYi0k171bSaDPwX9JYa6QeHP3XCNZmUl14HWm0G/gvaWw0UjON/msEazepdrqJNDoM/Jc0thip
-K0b/NYJ1mFRf3Eoanchf1thupPYW/dcI1mlSDW4HaXQhf1mj20h9KvqvEazLpDrVbtLoQf6yxh4jNZzov0awHpNqOXspz/qQv3yuO0z525fl
-b7+R/gr/Rf72k+4xI3iF/xrBo/9m+XvCCHac1jiA/D1Baxw0cscU/dcINmDSXdMp0hhC/rLGq0buYaL/GsGGTLqPGSaNEeQva5w1clcR/dcI
-NmLSncU50riA/GWNUSP1/Oi/RrALJtX1x0hjHPnLGspKzTv6rxVs3KTat8ei/1r4L2lMsVIXjv5rBfPcUB+eShp1Fv5LGvVWaqfRf61gdTbV
-UGeSRoOF/5LGXCv1xei/VrAGm+qMHov+ayV/+dy/yJL/2sx/rfRX+K+F/5LuUit4hf9awaP/2sx/rWDLaI2NFv5ryX+t3H9G/7WCNdp0D9pM
-Gi0W/ksaq6zcEUb/tYK12HRX2EoabRb+SxprrdyjRf+1grXZdJ+2jjTaLfyXNDZauWuK/msFa7fpzmkTaXRY+C9pbLFyHxP91wrWYdO9zFbS
-6ET+ssZ2K3cW0X+tYJ023V3sII0u5C9rdFup60f/tYJ12VTf300aPchf1thjpfYd/dcK1mNTDXwv5Vkf8pfrQocpf/uy/O230l/hv8jfftI9
-ZgWv8F8rePTfLH9PWMGO0xoHkL8naI2DVu7mo/9awQZsuqM/RRpDyF/WeNXK/XX0XyvYkE332MOkMYL8ZY2zVu54o/9awUZsuus9RxoXkL+s
-MWrlHjT6rxXsgk33oWOkMY78ZQ3l5K4w+q8TbNymO0OPRf918F/SmOLkPi36rxPMc8O92lTSqHPwX9Kod3LnFP3XCVbn0t3TTNJocPBf0pjr
-5F4m+q8TrMGl+xmPRf91kr9cN1zkyH9d5r9O+iv818F/SXepE7zCf53g0X9d5r9OsGW0xkYH/3Xkv05+NxL91wnW6NLvR5pJo8XBf0ljlZPf
-VkT/dYK1uPQbi1bSaHPwX9JY6+T3B9F/nWBtLv0OYR1ptDv4L2lsdHJHH/3XCdbu0l39JtLocPBf0tji5B47+q8TrMOl++ytpNGJ/GWN7U7u
-eqP/OsE6Xbrz3UEaXchf1uh2ch8a/dcJ1uXSvehu0uhB/rLGHid3htF/nWA9Lt0d7qU8exw12obsPnEF2k+g/QTdL9bgftFzJhR/H8Y94VMl
-+buEsUcw9gjdLfZj/AT85usY3Sv6vqPeuzHuKH1HTuAe0I8NWs8CvxzzhXHH6Ldmz2HOI+AfxVwef7J4PYUxT0LjebSfp/XWYr2eU138PYj1
-vlCSv8N6T2HsKVrvHzA+rPclWq/ve7F4vYRxL9J6T6P2XqtSPf+PH1HPfwV4mG8IY19BTEH7JdqTPyGuU+C/iHg8PlC8XsCYAbpL+DPmHqa5
-XwMeYv4LfUZh3BsY9zqNOwM8eOKbGHuGtEag/yZhZ4FPJ+yvwHmf/o4536M5zwPfj326AGwyPpcx+lx836j/vw77MIr7+PfLbfld6yzMHb53
-H6Av3Nv/B79J9HtRqxLvQ/SF7+d/MfZDfF5jmHOctLT6aC2jpI/HjeFzLv8fqUR/FNxxWodTlevw3uCxOugNQm+Q9roa8zdk35UX0D6M9mEa
-4/2hhsYEP3kq+z2nf/+w+F9zYfH6H7iGwwI=
+eNqFlwuYVGUZx8/ZmdnZkYsIKJCAF3RK41kFFbnEKiKuyOKiqCBY4+zsgqOzM7gzC2lpgKCCl7TMu6lgqXnPTBQoULNQoCBLxcprZmxopXgh
+Sb/3nN+7vnuefR53n/N85/2/98v3fWdiVcOSnud7PbxeXg/fC/728qo8n7XWrT286oCub5jeUFuuNNceedThItfbiwXywtvTySTcGndPazZf
+FLyne/o4PB7Y8rwaHpGPuf8qtz7li07K2c5MmnlaJlcqVtpKhcycQmlBJluptOWb2istZZHZQ2TqGxvrGyZlcvPmZcqVCwotmUK+2JJpzre1
+5Cr5+S0iV2Pk8sVcob3ZCiSchI0x4eKQmNpKC9x7TRDz3EKmvlBqyhYmF+eXctlKvlScfHwgG/f6ujVXKrS3FoVOeIMcPbFULFeyxYoLM8h2
+UFhGb6qhJeeTDS25Twno0IZUMpuZk28rVzoxibMpgkmNcxGs2j3z8pXcOcZeMpALUcUkz2xzc1nz3pc45V36nOd9lFvPJd/j3Fpub+3UaXDr
+ebzP6NSJe01undNWas1kQ95c8YXcImNvmco1hbzlkiNyt5sYVpn3DUZ/m+RayOZaoDvcempLub1QCWvbQU45dHdA1ztez2CWPW+we06kJvI3
+jFUxHyxusCqwGoPFwHoaLA7Wx2AJsP4GqwYbaLAkmI2vBmz/IIdYZyySj9T4QJOf0AcYenmEvxy+D72dODTPjkg9xF8HeYr8joi9HdjTePbw
+w/pKjP0cWhXwY4G+vO/tZKrJxQvWeJBzkji+Dj9F3gOCXR/yYsj3IH7Bx0H3BFP9XsZ+b3jWfj+w/i6qAW4d6qxoT77sEZtfIcZBxCD0vmCS
+42By1JiEHmJiGopsteGnkd/HZVqH/mDHO8atdcgLfaxbj4EWWxOo37HYEtlJxtcJ8OuMr+n0Q+qbgRfH/tluzRj7WfTPDvJNec3IJ7yuf1wd
+rg4xT/ZmM/pzwFuoldBzwTSePP1VumxqfRH+M0Z/eUT/SuJX+hXiU/p1bAxxXrYT/1Bmezt+/kVNOvAj9A4wtfMecynyH8ETW8NdtDKPMv8p
+aiczNspFUUVsHjl+7JAEPpLYSxq6b4SujdCjDC29Py7Cb4jQMwyd5ay1/EWGllovi/Bvj9CrIvSGCL3N0DJ770NPcFn3Dr4Twv0qe3Q8+7EP
++BInU823Qgq8jvt5L2OjPzb6GRt7g6uNfTr3Y2ijL5jKD6T2YlP2437s4SFGZn/wB53MAM66geD3OJkBnIeCf+R8HESfdznegZyjB9HzYcbu
+wfRZfX8V32kj8zVw9X0IeoJ/4uypXVl3ugqLzKHEkkB+GHENN3EdGsyzF2CiL++73e6V9+HUqpb+iJ/DkJP1Q6c/wq0j2e/CPwL+ESb2I5nb
+h4n9KLAUMQgtH5Aj0D0cv6OM36PhHY3fMW4da/yOgz/O+P0G+0P9jgdTv0KPds8YdEcb3YnErPTx2JrgqBOC+y3caxPhSbz1nLUSz1hsjjU2
+TsTGQmZyMlja5Ds5ku8Y6JHQI429k4hR7U0BS5u+TYn0bQS8BlPbqfCmUttGt05jRoR/CvxTjO9TOVt0Zk9jZqcbmdPBtf5noHc69T+Db+BG
+7J9MbDNMbDPhzSS2WW6dbfp+FvyzjN9vcs6p32+Bad+FPtM9s9A90+jm0BVa7qhzuJ80z3PJM290zgNXusBZonQrNrVPRWRajd1SN+fNPPDF
+6J0P1i8475IB1kYt0tg939isYLNsbLaD67k4HxvtJr4F5DTf6H2bfqvMBcgJ/l3uwwvBmx0t9/13qF/G6WQCuRC7kBjlfrmYOyhH7y9GTno7
+m/7MNnF8L1LLhWBpMzsLI7MzC94iM1eL4S1mrpa4damZq0vhX2p8X8b9qHN1OZjOldCXBLUNdS8xc3QF3ynam6vozZXG/tXgSn+fe0Hpa/Cv
+uV+LzDXG7g+6uTt+CK5zdB2YnaMfmTm6Fhm1eX03c3QDuM7Rjdi4wcR3EzndaPRujszRLcjdbOboVnCdo9uon87Rj8Fupa/LwOr4zag9voM+
+3EGPV7h1penxXfDvMvH9hG8c7fFPwbTHQt/pnhXo3ml070ZX6Xvol9L3wtfZ/xmzfy8yktt94ErfzzfYdU5Hvi0fQOZ+cxc9yF10Nz7H893/
+ELxF6D4M9oDRfSSiKzV8BFmp0UryXGny+Dl5aA8fBUubHjwa6cEK6KXQS429X0Tm+jGwtNm3j0X27RLoadDTjL1fRmbscbC0ufsej9x9jfBW
+mfl5At4TzM9qt64x9+Ja+GuN71/xTazz82uwFN9e6823l/DWuWc9dtYZO09F7pCnsas5PYPM02af/qabO+RZcI3nt+g+Sw7qe735bvwdca9F
+fh3xCv6ke1aj8yQ122Bq9hy856jZRrduMjXbDH+zifH3/G7QGP8ApjXbamomvC3u2YqdLcbOHyPn5QvY1Zr9CZkXTM3+3M15+SK4xvMSui+S
+g/reamr2MnFvRn4L8Qr+vHs2ovO88f0XfL9ifP8VXOm/Rebg1cgcvIbMq8buG9h93ei9Ca7n9Vvovmls/R3/bxm9t6mpyvwDubeNzDuROv8T
+uXeYj21gKv8uvws13n8T73tG5j/g99GD/4L1YiZ2mpkQ3gfu+Ywaf2DsfNjpqzr4jf4xv+OHwNOz8hN4qreLOiv9P3LUc/NTzs1d8NTObnh6
+5v4f27upxfudWFWQg8T7mfEjl5P16/td/Vb5oV+RE576jfkhT30IbX3sNDHG/fB3uNYk4X9Rk3eJU7A4NjZhY5OJq9rv2vOkH2JpcyYk/a5n
+wkbyXgO9xtir8bvOdcoPsbQ5l1N+13N5Nb9VR7vnczPgftw=
 """
-
 
 # ---- Which products gain ---------------------------------------------------------------------------------
 # In plain Python a product costs so much for each multiplication, and zeros are skipped. On the device it
@@ -804,7 +725,6 @@ def offload(gpu, plain_matmuls):
 
     return matmuls
 
-
 def check_products(gpu):
     """Raise VulkanError if products of awkward shapes differ from plain Python's."""
     rng = Random(1)
@@ -815,24 +735,17 @@ def check_products(gpu):
                 if not abs(result - sum(map(mul, row, column))) < 1e-3:  # a NaN is not less, either
                     raise VulkanError(f"{gpu.physical.name} computes wrong products: {m} x {k} by {k} x {n}")
 
-
 def main(arguments):
     if arguments == ["--compile"]:
         return compile_shader()
-    if arguments:
-        sys.exit("usage: python vulkan_gemm.py [--compile]")
     try:
-        with ExitStack() as undo:
-            vk = Vulkan()
-            instance = create_instance(vk)
-            undo.callback(vk.vkDestroyInstance, instance, None)
-            print(*list_devices(vk, instance), sep="\n")
         with VulkanGemm() as gpu:
+            for index, device in enumerate(list_devices(gpu.vk, gpu.instance)):
+                print(f"device {index}: {device.name} ({device.kind})")
             check_products(gpu)
             print(f"{gpu.physical.name} computes right products")
     except VulkanError as error:
         sys.exit(f"vulkan_gemm: {error}")
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])
