@@ -1,111 +1,63 @@
 // SPDX-License-Identifier: MIT
 //
-// C = op(A) op(B) in float32, for matrices of any size, many products at once.
+// C = A B^T in float32: each element of C is the dot product of a row of A and a row of B.
 //
-// This program runs once for each *invocation* (a GPU thread). 16 x 16 invocations form a *workgroup*; a
-// workgroup makes one 64 x 64 block of C, and each of its invocations a 4 x 4 block within that. The host
-// starts as many workgroups as it takes to cover C, and as many layers of them (z) as there are products.
+// This program runs once for each *invocation* (a GPU thread). An invocation makes a block of 8 x 8 elements
+// of C. 8 x 8 invocations form a *workgroup*, which thus makes 64 x 64 elements, and the host starts as many
+// workgroups as it takes to cover C.
 //
-// Why tiles. The plain way, each element of C as a dot product read from memory, reads every element of A
-// N times and every element of B M times, and a GPU waits for memory far longer than for arithmetic. So the
-// workgroup walks along K in steps of 16: its invocations together copy a 64 x 16 tile of A and a 16 x 64
-// tile of B into *shared memory*, which is small, fast and common to the workgroup, and then all of them use
-// the copies. Each element fetched from far away is used 64 times.
+// Why blocks. Arithmetic is fast and memory is slow. An invocation that made one element would fetch two
+// numbers for every multiplication. One that makes 8 x 8 fetches 16 numbers for 64 multiplications, and keeps
+// its 64 sums in registers. Registers have no index, so the loops over the block must be unrolled.
 //
-// Why registers. Shared memory is still slower than arithmetic. An invocation that makes one element of C
-// reads two numbers for each multiplication; one that makes 4 x 4 reads 8 numbers (4 from a column of A's
-// tile, 4 from a row of B's tile) for 16 multiplications, and keeps its 16 sums in registers all along.
-//
-// Why barriers. Invocations run in no particular order. barrier() makes each wait for all of its workgroup:
-// once so that nobody reads a tile before it is complete, once so that nobody overwrites it too early.
+// Why texel buffers. A and B are read through the units that read textures, four floats (a vec4) at a time.
+// Neighboring invocations need the same rows, and find them in the cache of these units. Drivers that run on
+// the processor also read this way many times faster than from an array in memory.
 #version 450
+#extension GL_EXT_control_flow_attributes : enable
 
-layout(local_size_x = 16, local_size_y = 16) in;
+layout(local_size_x = 8, local_size_y = 8) in;
 
-layout(std430, binding = 0) readonly buffer BufferA { float a[]; };
-layout(std430, binding = 1) readonly buffer BufferB { float b[]; };
-layout(std430, binding = 2) writeonly buffer BufferC { float c[]; };
+layout(binding = 0) uniform samplerBuffer a;
+layout(binding = 1) uniform samplerBuffer b;
+layout(std430, binding = 2) buffer Result { float c[]; };
 
-// Where a matrix is: the position of its first element, then the distance from an element to the next one
-// down a column (row stride), along a row (column stride), and in the next matrix of the batch. All count
-// floats. A transposed matrix is the same data with row and column stride swapped.
-struct Layout { uint offset, row, column, batch; };
-
-// C is M x N, op(A) is M x K, op(B) is K x N. Push constants are the few numbers sent along with a dispatch.
+// Push constants are the few numbers that are sent along with a dispatch. The host pads the rows of A and B
+// with zeros to whole vec4s. A dispatch may make only a part of a large product: some rows and columns of C,
+// or some of the terms of its dot products, which it then adds to what C holds already.
 layout(push_constant) uniform Constants {
-    uint M, N, K;
-    Layout A, B, C;
+    uint M, N, K;              // C is M x N, and the rows of A and B are K vec4s long
+    uint a_first, b_first;     // where A and B begin, in vec4s
+    uint c_first;              // where C begins, in floats
+    uint pitch, c_pitch;       // the distance from one row to the next: of A and B in vec4s, of C in floats
+    uint adds;                 // whether to add to C
 };
 
-const uint TILE = 64;          // rows and columns of C for one workgroup
-const uint STEP = 16;          // how far along K a tile reaches
-const uint INVOCATIONS = 256;
-
-// Both tiles are stored with K as the first index, so that the four numbers an invocation needs for one k
-// lie side by side and come as one vec4. The 17th column is padding: shared memory is divided into banks that
-// each serve one request at a time, and rows of just 64 floats would put a whole column in the same bank.
-shared vec4 tile_a[STEP][TILE / 4 + 1];
-shared vec4 tile_b[STEP][TILE / 4 + 1];
-
-// The invocations share out the elements of a tile. Neighbouring invocations should fetch neighbouring
-// addresses, which then come in one piece: so the fast index follows whichever direction has stride 1.
-// Outside the matrix the tiles hold 0, which adds nothing to a sum. Elements are never fetched from there,
-// and a NaN or an infinity inside the matrix meets such a 0 only in rows and columns that are not stored.
-void load_tile_a(uint row0, uint k0, uint base) {
-    bool along_k = A.column == 1;
-    for (uint i = gl_LocalInvocationIndex; i < TILE * STEP; i += INVOCATIONS) {
-        uint m = along_k ? i / STEP : i % TILE;
-        uint k = along_k ? i % STEP : i / TILE;
-        bool inside = row0 + m < M && k0 + k < K;
-        tile_a[k][m / 4][m % 4] = inside ? a[base + (row0 + m) * A.row + (k0 + k) * A.column] : 0.0;
-    }
-}
-
-void load_tile_b(uint column0, uint k0, uint base) {
-    bool along_k = B.row == 1 && B.column != 1;
-    for (uint i = gl_LocalInvocationIndex; i < TILE * STEP; i += INVOCATIONS) {
-        uint n = along_k ? i / STEP : i % TILE;
-        uint k = along_k ? i % STEP : i / TILE;
-        bool inside = column0 + n < N && k0 + k < K;
-        tile_b[k][n / 4][n % 4] = inside ? b[base + (k0 + k) * B.row + (column0 + n) * B.column] : 0.0;
-    }
-}
-
-// Four neighbouring elements of C; those outside of it are dropped.
-void store(uint row, uint column, vec4 sums, uint base) {
-    if (row >= M) return;
-    uint place = base + row * C.row + column * C.column;
-    if (column + 0 < N) c[place] = sums.x;
-    if (column + 1 < N) c[place + C.column] = sums.y;
-    if (column + 2 < N) c[place + 2 * C.column] = sums.z;
-    if (column + 3 < N) c[place + 3 * C.column] = sums.w;
-}
-
 void main() {
-    uint x = gl_LocalInvocationID.x, y = gl_LocalInvocationID.y, z = gl_WorkGroupID.z;
-    uint row0 = gl_WorkGroupID.y * TILE, column0 = gl_WorkGroupID.x * TILE;
+    uint row = 8 * gl_GlobalInvocationID.x, column = 8 * gl_GlobalInvocationID.y;
+    if (row >= M || column >= N) return;
 
-    // One vec4 for each of the four rows. (Four names, not an array: an array indexed by a loop variable
-    // may end up in memory, where registers are wanted.)
-    vec4 sums0 = vec4(0), sums1 = vec4(0), sums2 = vec4(0), sums3 = vec4(0);
+    float sums[8][8];
+    [[unroll]] for (uint i = 0; i < 8; i++)
+        [[unroll]] for (uint j = 0; j < 8; j++)
+            sums[i][j] = 0.0;
 
-    for (uint k0 = 0; k0 < K; k0 += STEP) {
-        load_tile_a(row0, k0, A.offset + z * A.batch);
-        load_tile_b(column0, k0, B.offset + z * B.batch);
-        barrier();  // the tiles are complete
-        for (uint k = 0; k < STEP; k++) {
-            vec4 from_a = tile_a[k][y], from_b = tile_b[k][x];
-            sums0 += from_a.x * from_b;
-            sums1 += from_a.y * from_b;
-            sums2 += from_a.z * from_b;
-            sums3 += from_a.w * from_b;
+    // Past the edge of C, the last row of A or B stands in for missing ones. Nothing is stored there.
+    for (uint k = 0; k < K; k++) {
+        vec4 from_a[8];
+        [[unroll]] for (uint i = 0; i < 8; i++)
+            from_a[i] = texelFetch(a, int(a_first + min(row + i, M - 1) * pitch + k));
+        [[unroll]] for (uint j = 0; j < 8; j++) {
+            vec4 from_b = texelFetch(b, int(b_first + min(column + j, N - 1) * pitch + k));
+            [[unroll]] for (uint i = 0; i < 8; i++)
+                sums[i][j] += dot(from_a[i], from_b);
         }
-        barrier();  // nobody needs the tiles any more
     }
 
-    uint row = row0 + 4 * y, column = column0 + 4 * x, base = C.offset + z * C.batch;
-    store(row + 0, column, sums0, base);
-    store(row + 1, column, sums1, base);
-    store(row + 2, column, sums2, base);
-    store(row + 3, column, sums3, base);
+    for (uint i = 0; i < 8 && row + i < M; i++) {
+        for (uint j = 0; j < 8 && column + j < N; j++) {
+            uint place = c_first + (row + i) * c_pitch + column + j;
+            c[place] = adds != 0 ? c[place] + sums[i][j] : sums[i][j];
+        }
+    }
 }
