@@ -16,7 +16,7 @@ Vulkan call below is one of those steps. There are many because Vulkan hides not
 """
 import base64, ctypes, hashlib, os, re, shutil, struct, subprocess, sys, threading, time, zlib
 from array import array
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from ctypes import addressof, byref, c_char, c_char_p, c_float, c_int32, c_size_t, c_uint32, c_uint64
 from ctypes import c_void_p
 from itertools import chain, product
@@ -30,6 +30,9 @@ WAIT_SLICE = 0.05     # seconds: Python handles signals only between two waits
 
 class VulkanError(RuntimeError):
     """Anything that keeps Vulkan from doing its work, in one line."""
+
+class TooLarge(VulkanError):
+    """More than the device takes in one buffer."""
 
 # ---- Structures ------------------------------------------------------------------------------------------
 # Vulkan takes its arguments in C structures. Each line declares one: its name, its sType if it has one, then
@@ -303,7 +306,7 @@ class Buffer:
         limits = self.physical.limits
         limit = 16 * limits.maxTexelBufferElements if self.is_input else limits.maxStorageBufferRange & ~3
         if size > limit:
-            raise VulkanError(f"{size} bytes in one buffer are more than the {limit} of {self.physical.name}")
+            raise TooLarge(f"{size} bytes in one buffer are more than the {limit} of {self.physical.name}")
         self.free()
         capacity = min(limit, max(1 << 16, 1 << (size - 1).bit_length()))
         info = VkBufferCreateInfo(size=capacity, usage=TEXEL_USAGE if self.is_input else STORAGE_USAGE)
@@ -719,8 +722,9 @@ def offload(gpu, plain_matmuls):
         return plain - (m * k + k * n + m * n) * number - on_device
 
     def matmuls(many_rows, many_columns):
-        if sum(map(gain, many_rows, many_columns)) > trip:
-            return gpu.matmuls(many_rows, many_columns)
+        with suppress(TooLarge):
+            if sum(map(gain, many_rows, many_columns)) > trip:
+                return gpu.matmuls(many_rows, many_columns)
         return plain_matmuls(many_rows, many_columns)
 
     return matmuls
