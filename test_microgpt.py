@@ -2587,6 +2587,8 @@ class TestTerminal(Commands):
         terminal, end = os.openpty()
         self.addCleanup(os.close, terminal)
         command, shown = [sys.executable, SCRIPT, "--steps", "1000000", "--plot", "run.svg"], b""
+        before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
+        self.addCleanup(signal.signal, signal.SIGINT, before)
         with tempfile.TemporaryFile() as out, subprocess.Popen(command, stdout=out, stderr=end) as process:
             os.close(end)
             self.addCleanup(process.kill)
