@@ -105,7 +105,7 @@ class Value:
     def log(self): return Value(math.log(self.data), (self,), (1 / self.data,))
     def relu(self): return Value(max(0.0, self.data), (self,), (1.0 if self.data > 0 else 0.0,))
 
-    # All others are made of these.
+    # The rest are built on these.
     def __neg__(self): return self * -1
     def __radd__(self, other): return self + other
     def __rmul__(self, other): return self * other
@@ -127,7 +127,7 @@ tape = []
 def backward(loss):
     """Compute d(loss)/d(x) for every x that the loss depends on, and add it to x.grad. This empties the tape,
     so a second call finds nothing to do."""
-    loss.grad = 1.0
+    loss.grad = 1.0  # it changes one to one with itself
     while tape:
         tape.pop().backprop()
 
@@ -159,7 +159,7 @@ class Matrix:
 
     @staticmethod
     def wrap(rows):
-        """Return a Matrix of the numbers in some rows."""
+        """Return a Matrix of the given numbers."""
         return Matrix([[Value(a) for a in row] for row in rows])
 
     @property
@@ -191,7 +191,7 @@ class Matrix:
         return Matrix(out)
 
     def relu(self):
-        """Replace negative numbers by 0 (rectified linear unit). Without it, all layers would be linear."""
+        """Replace negative numbers by 0 (rectified linear unit). Without it, two linears would act as one."""
         return Matrix([[a.relu() for a in row] for row in self.rows])
 
     def attention(self, k, v, n_head, caches):
@@ -202,7 +202,8 @@ class Matrix:
         is the sum of the values, each times its share. Each of n_head heads does this with `size` channels of
         its own, so that a position can look for several things. Scores grow with the size, hence the division
         by its root. self, k and v hold queries, keys and values. caches[t] is (keys, values) of row t's
-        document so far. Each position adds its own key and then asks, so none sees the future."""
+        document so far (drawn in section 5). Each position adds its own key and then asks, so none sees the
+        future."""
         size, out = len(self.rows[0]) // n_head, []
         for t, (keys, values) in enumerate(caches):
             keys.append(k.rows[t])
@@ -219,7 +220,7 @@ class Matrix:
 
     def cross_entropy(self, targets):
         """Return the loss, a Value: the mean over the rows of -log p of the token that really came next. Rows
-        are logits, a score for each token, and p is their softmax. -log p is 0 if the model was certain and
+        are logits, a score for each token, and p is their softmax. -log p is 0 if the model is certain and
         right, log(vocab_size) if it finds all tokens equally likely. The logarithm turns the chance of a
         text, the product of its tokens' chances, into a sum. It is log(sum of e^a) - a[target]."""
         losses = []
@@ -302,7 +303,7 @@ def gpt(config, w, ids, positions, caches):
 # means forget; eps avoids a division by 0.
 
 def zeros(weights):
-    """Return rows of zeros in the shape of some weights."""
+    """Return rows of zeros, shaped like the weights."""
     return {name: [[0.0] * len(row) for row in rows] for name, rows in weights.items()}
 
 def adam(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8):
@@ -359,8 +360,8 @@ def sample(config, weights, bos, temperature, rng):
     return out
 
 # 8. All of it ---------------------------------------------------------------------------------------------
-# With a call to train_and_sample(), all up to here runs without the rest of the file. The loss begins near
-# log 27 = 3.3, a blind guess, and ends near 2.3. Each is that of one name, so look at the trend.
+# Everything so far, plus a call of train_and_sample(), runs alone. The loss begins near log 27 = 3.3, a blind
+# guess, and ends near 2.3. Each is that of one name, so look at the trend.
 
 def train_and_sample(path="input.txt", steps=1000):
     """Train a model on the documents in a file, then print 20 new ones."""
