@@ -23,13 +23,13 @@ layout(binding = 1) uniform samplerBuffer b;
 layout(std430, binding = 2) buffer Result { float c[]; };
 
 // Push constants are the few numbers that are sent along with a dispatch. The host pads the rows of A and B
-// with zeros to whole vec4s. A dispatch may make only a part of a large product: some rows and columns of C,
-// or some of the terms of its dot products, which it then adds to what C holds already.
+// with zeros to whole vec4s. Where these are very long, a dispatch sums only a part of each dot product, and
+// the following ones add theirs to what C holds already.
 layout(push_constant) uniform Constants {
     uint M, N, K;              // C is M x N, and the rows of A and B are K vec4s long
     uint a_first, b_first;     // where A and B begin, in vec4s
     uint c_first;              // where C begins, in floats
-    uint pitch, c_pitch;       // the distance from one row to the next: of A and B in vec4s, of C in floats
+    uint pitch;                // the distance from one row of A or B to the next, in vec4s
     uint adds;                 // whether to add to C
 };
 
@@ -56,7 +56,7 @@ void main() {
 
     for (uint i = 0; i < 8 && row + i < M; i++) {
         for (uint j = 0; j < 8 && column + j < N; j++) {
-            uint place = c_first + (row + i) * c_pitch + column + j;
+            uint place = c_first + (row + i) * N + column + j;
             c[place] = adds != 0 ? c[place] + sums[i][j] : sums[i][j];
         }
     }

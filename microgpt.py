@@ -60,8 +60,7 @@ class CharTokenizer:
 # 3. Autograd on one number --------------------------------------------------------------------------------
 # Training changes the weights, the numbers that the model computes with, to lower the loss, one number that
 # says how surprised the model was by what came next. The derivative of the loss with respect to a weight is
-# that weight's gradient: if it is 2, raising the weight by 0.001 raises the loss by about 0.002. Autograd
-# computes the gradients of all weights at once.
+# its gradient: if it is 2, raising the weight by 0.001 raises the loss by about 0.002. Autograd computes all.
 #
 # For that, numbers must remember where they came from. A Value holds a number (data), the Values that it was
 # computed from (inputs), and how fast it changes with each of them (slopes). The slopes of a * b are b and a;
@@ -73,8 +72,7 @@ class CharTokenizer:
 #       '--------------- 1 -------------------'
 #
 # The chain rule: multiply the slopes along each path, and add up the paths. From b to c there is one path, so
-# the derivative of c with respect to b is 2 * 1 = 2. From a there are two: 3 * 1 + 1 = 4. Raising a to 2.001
-# gives c = 6.003 + 2.001 = 8.004.
+# c has the derivative 2 * 1 = 2 by b. From a there are two: 3 * 1 + 1 = 4. With a = 2.001, c becomes 8.004.
 
 class Value:
     """A number that remembers what it was computed from. After backward(), grad is its gradient."""
@@ -95,10 +93,10 @@ class Value:
             return Value(self.data * other.data, (self, other), (other.data, self.data))
         return Value(self.data * other, (self,), (other,))
 
-    def __pow__(self, k):  # k is a plain number
+    def __pow__(self, k):  # k is a plain number, and the slope of a^k is k a^(k-1)
         return Value(self.data**k, (self,), (k * self.data ** (k - 1),))
 
-    def exp(self):
+    def exp(self):  # its own slope; that of log(a) is 1/a
         e = math.exp(self.data)
         return Value(e, (self,), (e,))
 
@@ -119,23 +117,21 @@ class Value:
         for value, slope in zip(self.inputs, self.slopes):
             value.grad += slope * self.grad
 
-# Every result goes on one list, the tape (Wengert 1964), as soon as it is computed, so what was computed from
-# a Value comes after it. Reading the tape from its end, we have added up all paths from a Value to the loss
-# by the time we reach it.
+# Every result goes on one list, the tape (Wengert 1964), as soon as it is computed. What was computed from a
+# Value comes after it. So when we read the tape from its end, all paths to a Value are added up in time.
 tape = []
 
 def backward(loss):
-    """Compute d(loss)/d(x) for every x that the loss depends on, and add it to x.grad. This empties the tape,
-    so a second call finds nothing to do."""
+    """Compute d(loss)/d(x) for every x behind the loss, and add it to x.grad. This empties the tape."""
     loss.grad = 1.0  # it changes one to one with itself
     while tape:
         tape.pop().backprop()
 
 # 4. The operations of a GPT, spelled out in Values --------------------------------------------------------
-# A GPT needs seven operations on matrices. In a matrix x of activations, the numbers computed from a text,
-# each row belongs to one position in the text, and the numbers in it are its channels: x[row][channel]. In a
-# matrix of weights, each row holds the weights of one output: w[out][in]. All operations treat each row by
-# itself, except for one: attention is how the past gets into the present.
+# A GPT needs seven operations on matrices: embed, +, linear, rmsnorm, relu, attention, cross_entropy. In a
+# matrix x of activations, the numbers computed from a text, each row is a position in the text, and the
+# numbers in it are its channels: x[row][channel]. In one of weights, each row makes one output: w[out][in].
+# Until the loss, rows meet in one operation alone: attention is how the past gets into the present.
 
 def add_up(values):
     """Return the sum of some Values, as one operation with slope 1 for each of them."""
@@ -178,7 +174,7 @@ class Matrix:
         return Matrix([[a + b for a, b in zip(x, y)] for x, y in zip(self.rows, other.rows)])
 
     def linear(self, w):
-        """Compute x W^T: every output is a weighted sum of all channels of its row."""
+        """Make a weighted sum of all channels of a row for each output: out[o] = dot(row, w[o])."""
         return Matrix([[dot(row, weights) for weights in w.rows] for row in self.rows])
 
     def rmsnorm(self):
@@ -197,13 +193,12 @@ class Matrix:
     def attention(self, k, v, n_head, caches):
         """Let each row gather information from the rows before it in its document. (Vaswani et al. 2017)
 
-        A row has a query (what it looks for), a key (what it can be found by) and a value (what it hands on).
-        The dot product of a query and a key is a score. Softmax turns the scores into shares, and the result
-        is the sum of the values, each times its share. Each of n_head heads does this with `size` channels of
-        its own, so that a position can look for several things. Scores grow with the size, hence the division
-        by its root. self, k and v hold queries, keys and values. caches[t] is (keys, values) of row t's
-        document so far (drawn in section 5). Each position adds its own key and then asks, so none sees the
-        future."""
+        A row has a query (what it looks for), a key (how it is found) and a value (what it hands on). The dot
+        product of a query and a key is a score. Softmax turns the scores into shares, and the result is the
+        sum of the values, each times its share. Each of n_head heads does this with `size` channels of its
+        own, so that a position can look for several things. Scores grow with the size, hence the division by
+        its root. self, k and v hold queries, keys and values. caches[t] is (keys, values) of row t's document
+        so far, drawn in section 5. Each position adds its own key and then asks, so none sees the future."""
         size, out = len(self.rows[0]) // n_head, []
         for t, (keys, values) in enumerate(caches):
             keys.append(k.rows[t])
@@ -222,7 +217,8 @@ class Matrix:
         """Return the loss, a Value: the mean over the rows of -log p of the token that really came next. Rows
         are logits, a score for each token, and p is their softmax. -log p is 0 if the model is certain and
         right, log(vocab_size) if it finds all tokens equally likely. The logarithm turns the chance of a
-        text, the product of its tokens' chances, into a sum. It is log(sum of e^a) - a[target]."""
+        text, the product of its tokens' chances, into a sum. As log(sum of e^a) - a[target] it cannot
+        overflow."""
         losses = []
         for row, target in zip(self.rows, targets):
             top = max(a.data for a in row)
@@ -234,7 +230,7 @@ class Matrix:
 # A row begins as the embedding of its token plus that of its position. Each layer then changes it twice, by
 # attention and by an MLP (multilayer perceptron: two linear operations with a relu between them). It adds to
 # the row instead of replacing it: x becomes x + f(x), with a slope of 1 plus the slope of f, so the gradient
-# reaches even the first layer undiminished. At the end, lm_head turns each row into logits.
+# has a direct way back to the first layer. At the end, lm_head turns each row into logits.
 
 @dataclass(frozen=True)
 class Config:
@@ -258,8 +254,7 @@ def shapes(config):
     return out
 
 def initial_weights(config, rng):
-    """Return name -> rows of floats, from a normal distribution (mean 0, standard deviation 0.08): equal
-    weights would get equal gradients and stay equal."""
+    """Return name -> rows of normally distributed floats: equal weights would get equal gradients."""
     weights = {}
     for name, (rows, columns) in shapes(config).items():
         weights[name] = [[rng.gauss(0, 0.08) for _ in range(columns)] for _ in range(rows)]
@@ -297,10 +292,10 @@ def gpt(config, w, ids, positions, caches):
 
 # 6. Adam --------------------------------------------------------------------------------------------------
 # A gradient says where the loss grows, so a weight must move the other way. The learning rate lr sets how
-# far. For each weight, Adam (Kingma, Ba 2015) keeps two running means, m of its gradient and v of its square,
-# and moves it by lr * m / sqrt(v). While the gradient keeps its sign, that is about lr, however large it is.
-# Where the sign keeps changing, m is near 0, and the weight hardly moves. beta1 and beta2 say how slowly the
-# means forget; eps avoids a division by 0.
+# far. For each weight, Adam (Kingma, Ba 2015) keeps two running means, m of its gradient and v of the
+# gradient's square, and moves it by lr * m / sqrt(v). While the gradient keeps its sign, that is about lr,
+# however large it is. Where the sign keeps changing, m is near 0, and the weight hardly moves. beta1 and
+# beta2 say how slowly the means forget; eps avoids a division by 0.
 
 def zeros(weights):
     """Return rows of zeros, shaped like the weights."""
@@ -311,13 +306,13 @@ def adam(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8):
     m_share = 1 - beta1 ** (step + 1)  # the means began at 0, so at first they are too small by these factors
     v_share = 1 - beta2 ** (step + 1)
     for name in weights:
-        for w, g, mean, square in zip(weights[name], grads[name], m[name], v[name]):
-            for i in range(len(w)):
+        for row, g, mean, square in zip(weights[name], grads[name], m[name], v[name]):
+            for i in range(len(row)):
                 mean[i] = beta1 * mean[i] + (1 - beta1) * g[i]
                 square[i] = beta2 * square[i] + (1 - beta2) * g[i] ** 2
                 m_hat = mean[i] / m_share
                 v_hat = square[i] / v_share
-                w[i] -= lr * m_hat / (math.sqrt(v_hat) + eps)
+                row[i] -= lr * m_hat / (math.sqrt(v_hat) + eps)
 
 # 7. Training and sampling ---------------------------------------------------------------------------------
 # To train on a document, the model guesses the next token at all positions at once. To sample a new one, it
@@ -337,8 +332,8 @@ def mean_loss(config, w, batch, model=gpt):
     return model(config, w, ids, positions, caches).cross_entropy(targets)
 
 def loss_and_grads(config, weights, batch, engine=Matrix, model=gpt):
-    """Return the mean loss of a batch, and name -> rows of gradients. Each call wraps the weights, which are
-    plain numbers, anew in an engine, a type of matrix (part two has faster ones), so gradients begin at 0."""
+    """Return the mean loss of a batch, and name -> rows of gradients. The engine is the type of matrix that
+    wraps the weights, anew for each call. Part two has faster engines, part three another model."""
     w = {name: engine.wrap(rows) for name, rows in weights.items()}
     loss = mean_loss(config, w, batch, model)
     backward(loss)
@@ -1130,22 +1125,13 @@ def load(path):
 # row of a map is a position, and the shades in it are the shares that it took of the values up to its own.
 # --plot draws the loss, and --trace writes the numbers of every step for other programs.
 
-class Watched(FastTensor):
-    """A Tensor that keeps the shares of each attention: for each layer and head, rows of them."""
-    shares = []
-
-    def attention(self, *args):
-        out = super().attention(*args)
-        Watched.shares.append(out.shares)
-        return out
-
 def explain(run, ids):
     """Print what a model makes of some tokens, in block characters where standard output has them."""
     shades = "·░▒▓█" if "utf" in (sys.stdout.encoding or "").lower() else ".:+*#"
     names = [repr(token)[1:-1].replace(" ", "_") for token in run.tokenizer.tokens] + ["^"]
-    w, n = {name: Watched.wrap(rows) for name, rows in run.weights.items()}, len(ids) - 1
-    Watched.shares.clear()
+    w, n = {name: FastTensor.wrap(rows) for name, rows in run.weights.items()}, len(ids) - 1
     logits = run.model(run.config, w, ids[:-1], range(n), [new_cache(run.config)] * n).data
+    shares = [out.shares for out in tape if hasattr(out, "shares")]  # of each layer: those of its heads
     losses = [Tensor([row]).cross_entropy([target]).data for row, target in zip(logits, ids[1:])]
     tape.clear()
     print(f"{'token':6}{'next':6}    p   nats   bits the five likeliest (^ is BOS, _ a space)")
@@ -1159,7 +1145,7 @@ def explain(run, ids):
     print(f"{'mean':17} {sum(losses) / n:6.3f} {sum(losses) / n / math.log(2):6.3f}")
     head, step = "".join(names[i][0] for i in ids[:-1]), max(1, 73 // (n + 1))
     for layer, first in product(range(run.config.n_layer), range(0, run.config.n_head, step)):
-        some = Watched.shares[layer][first : first + step]
+        some = shares[layer][first : first + step]
         print(f"\nlayer {layer}, heads {first} to {first + len(some) - 1}: where each row looks, "
               f"from {shades[0]} under 1/8 to {shades[-1]} over 7/8\n{'':7}{' '.join([head] * len(some))}")
         for t, rows in enumerate(zip(*some)):

@@ -16,23 +16,20 @@ Vulkan call below is one of those steps. There are many because Vulkan hides not
 """
 import base64, ctypes, hashlib, os, re, shutil, struct, subprocess, sys, threading, time, zlib
 from array import array
-from contextlib import ExitStack, suppress
-from ctypes import addressof, byref, c_char, c_char_p, c_float, c_int32, c_size_t, c_uint32, c_uint64
-from ctypes import c_void_p
+from contextlib import AbstractContextManager, ExitStack
+from ctypes import addressof, byref, c_char, c_char_p, c_int32, c_uint32, c_uint64, c_void_p
 from itertools import chain, product
 from operator import mul
 from random import Random
 
 BLOCK, TILE = 8, 64   # an invocation (GPU thread) of gemm.comp makes 8 x 8 elements, a workgroup 64 x 64
+MAX_GROUPS = 65535    # workgroups along x or y in one dispatch: the least that devices must allow
 MAX_K = 1 << 13       # longer dot products take several dispatches, as some drivers cut long loops short
-MAX_TERMS = 1 << 27   # multiplications in one submission: less than half a second, even on a processor
+MAX_TERMS = 1 << 29   # multiplications in one submission: less than half a second, even on a processor
 WAIT_SLICE = 0.05     # seconds: Python handles signals only between two waits
 
 class VulkanError(RuntimeError):
     """Anything that keeps Vulkan from doing its work, in one line."""
-
-class TooLarge(VulkanError):
-    """More than the device takes in one buffer."""
 
 # ---- Structures ------------------------------------------------------------------------------------------
 # Vulkan takes its arguments in C structures. Each line declares one: its name, its sType if it has one, then
@@ -43,7 +40,7 @@ class TooLarge(VulkanError):
 # pointers). A number after the letter makes an array. VkPhysicalDeviceLimits has 106 fields. Those that do
 # not matter here (of images, of graphics stages and the like) are folded into a few arrays.
 
-LETTERS = {"u": c_uint32, "i": c_int32, "q": c_uint64, "h": c_uint64, "z": c_size_t, "c": c_char,
+LETTERS = {"u": c_uint32, "i": c_int32, "q": c_uint64, "h": c_uint64, "z": ctypes.c_size_t, "c": c_char,
            "p": c_void_p, "s": c_char_p}
 
 STRUCTURES = """
@@ -113,18 +110,17 @@ for _name, _s_type, _fields in re.findall(r"(?m)^(Vk\w+)(?: (\d+))?((?:\s+\w+:\w
     globals()[_name] = declare(_name, _s_type, _fields, globals())
 
 # The values of the specification's enumerations that are used here.
-API_VERSION = 1 << 22                                           # Vulkan 1.0
+API_VERSION = 1 << 22 | 1 << 12                                 # Vulkan 1.1, of 2018
 ENUMERATE_PORTABILITY = 1                                       # VkInstanceCreateFlags
-QUEUE_COMPUTE = 2                                               # VkQueueFlags
+QUEUE_COMPUTE, ONE_TIME_SUBMIT = 2, 1                           # VkQueueFlags, VkCommandBufferUsageFlags
 DEVICE_TYPES = {2: "discrete", 3: "virtual", 1: "integrated", 4: "cpu", 0: "other"}  # in order of preference
 DEVICE_LOCAL, HOST_VISIBLE, HOST_COHERENT, HOST_CACHED = 1, 2, 4, 8  # VkMemoryPropertyFlags
 TEXEL_USAGE, STORAGE_USAGE = 4, 32                              # VkBufferUsageFlags
-FOUR_FLOATS = 109                                               # VkFormat R32G32B32A32_SFLOAT
 TEXEL_BUFFER, STORAGE_BUFFER = 4, 7                             # VkDescriptorType
+FOUR_FLOATS = 109                                               # VkFormat: R32G32B32A32_SFLOAT
 COMPUTE, BIND_COMPUTE = 32, 1                                   # VkShaderStageFlags, VkPipelineBindPoint
 STAGE_COMPUTE, STAGE_HOST = 0x800, 0x4000                       # VkPipelineStageFlags
 SHADER_READ, SHADER_WRITE, HOST_READ = 0x20, 0x40, 0x2000       # VkAccessFlags
-ONE_TIME_SUBMIT = 1                                             # VkCommandBufferUsageFlags
 
 # ---- The loader ------------------------------------------------------------------------------------------
 # Vulkan's functions live in one system library, the loader, which passes each call on to the right driver.
@@ -138,36 +134,31 @@ RESULT_NAMES = dict(zip(range(-1, -12, -1), """OUT_OF_HOST_MEMORY OUT_OF_DEVICE_
 FUNCTIONS = """
 vkEnumerateInstanceExtensionProperties=ppp vkCreateInstance=ppp vkDestroyInstance:pp
 vkEnumeratePhysicalDevices=ppp vkGetPhysicalDeviceProperties:pp vkGetPhysicalDeviceMemoryProperties:pp
-vkGetPhysicalDeviceQueueFamilyProperties:ppp vkEnumerateDeviceExtensionProperties=pppp
-vkCreateDevice=pppp vkDestroyDevice:pp vkGetDeviceQueue:puup
-vkCreateBuffer=pppp vkDestroyBuffer:php vkCreateBufferView=pppp vkDestroyBufferView:php
-vkGetBufferMemoryRequirements:php vkAllocateMemory=pppp vkFreeMemory:php vkBindBufferMemory=phhq
-vkMapMemory=phqqup vkCreateShaderModule=pppp vkDestroyShaderModule:php
+vkGetPhysicalDeviceQueueFamilyProperties:ppp vkEnumerateDeviceExtensionProperties=pppp vkCreateDevice=pppp
+vkDestroyDevice:pp vkGetDeviceQueue:puup vkCreateBuffer=pppp vkDestroyBuffer:php vkCreateBufferView=pppp
+vkDestroyBufferView:php vkGetBufferMemoryRequirements:php vkAllocateMemory=pppp vkFreeMemory:php
+vkBindBufferMemory=phhq vkMapMemory=phqqup vkCreateShaderModule=pppp vkDestroyShaderModule:php
 vkCreateDescriptorSetLayout=pppp vkDestroyDescriptorSetLayout:php vkCreatePipelineLayout=pppp
-vkDestroyPipelineLayout:php vkCreateComputePipelines=phuppp vkDestroyPipeline:php
-vkCreateDescriptorPool=pppp vkDestroyDescriptorPool:php vkAllocateDescriptorSets=ppp
-vkUpdateDescriptorSets:pupup vkCreateCommandPool=pppp vkDestroyCommandPool:php
-vkResetCommandPool=phu vkAllocateCommandBuffers=ppp
-vkBeginCommandBuffer=pp vkEndCommandBuffer=p vkCmdBindPipeline:puh vkCmdBindDescriptorSets:puhuupup
-vkCmdPushConstants:phuuup vkCmdDispatch:puuu vkCmdPipelineBarrier:puuuupupup vkCreateFence=pppp
-vkDestroyFence:php vkResetFences=pup vkWaitForFences=pupuq vkQueueSubmit=puph vkQueueWaitIdle=p
+vkDestroyPipelineLayout:php vkCreateComputePipelines=phuppp vkDestroyPipeline:php vkCreateDescriptorPool=pppp
+vkDestroyDescriptorPool:php vkAllocateDescriptorSets=ppp vkUpdateDescriptorSets:pupup vkCreateCommandPool=pppp
+vkDestroyCommandPool:php vkResetCommandPool=phu vkAllocateCommandBuffers=ppp vkBeginCommandBuffer=pp
+vkEndCommandBuffer=p vkCmdBindPipeline:puh vkCmdBindDescriptorSets:puhuupup vkCmdPushConstants:phuuup
+vkCmdDispatch:puuu vkCmdPipelineBarrier:puuuupupup vkCreateFence=pppp vkDestroyFence:php vkResetFences=pup
+vkWaitForFences=pupuq vkQueueSubmit=puph vkQueueWaitIdle=p
 """
 
 INSTALL = {"apt": "apt install libvulkan1 mesa-vulkan-drivers",
            "dnf": "dnf install vulkan-loader mesa-vulkan-drivers",
            "pacman": "pacman -S vulkan-icd-loader and your card's driver, such as vulkan-radeon",
-           "zypper": "zypper install libvulkan1 and your card's driver, such as libvulkan_radeon",
            "apk": "apk add vulkan-loader and your card's driver, such as mesa-vulkan-ati",
            "brew": "brew install vulkan-loader molten-vk"}
 
 def open_library():
     """Return the system's Vulkan loader, or on macOS at least MoltenVK, which can do without a loader."""
-    names, folders = ["libvulkan.so.1", "libvulkan.so"], [""]
-    if sys.platform == "win32":
-        names = ["vulkan-1.dll"]
-    elif sys.platform == "darwin":
-        names = ["libvulkan.1.dylib", "libvulkan.dylib", "libMoltenVK.dylib"]
-        folders += ["/opt/homebrew/lib", "/usr/local/lib"]  # Homebrew's; the system does not look there
+    names = {"win32": ["vulkan-1.dll"],
+             "darwin": ["libvulkan.1.dylib", "libvulkan.dylib", "libMoltenVK.dylib"]}
+    names = names.get(sys.platform, ["libvulkan.so.1", "libvulkan.so"])
+    folders = ["", "/opt/homebrew/lib", "/usr/local/lib"] if sys.platform == "darwin" else [""]  # Homebrew's
     if "VULKAN_SDK" in os.environ:
         folders.append(os.path.join(os.environ["VULKAN_SDK"], "lib"))
     for name, folder in product(names, folders):
@@ -175,10 +166,9 @@ def open_library():
             return (ctypes.WinDLL if sys.platform == "win32" else ctypes.CDLL)(os.path.join(folder, name))
         except OSError:
             continue
-    hints = {"win32": "install the driver of your graphics card", "darwin": INSTALL["brew"]}
-    found = [command for program, command in INSTALL.items() if shutil.which(program)]
-    hint = hints.get(sys.platform) or (found or ["install your system's Vulkan loader, libvulkan.so.1"])[0]
-    raise VulkanError(f"no Vulkan loader on this system ({hint})")
+    hints = [command for program, command in INSTALL.items() if shutil.which(program)]
+    hints.append("install the driver of your graphics card, or the Vulkan SDK")
+    raise VulkanError(f"no Vulkan loader on this system ({hints[0]})")
 
 class Vulkan:
     """The loader's functions, each with its argument types, and with its VkResult checked if it has one."""
@@ -186,9 +176,7 @@ class Vulkan:
     def __init__(self):
         library = open_library()
         for name, returns, letters in re.findall(r"(\w+)([=:])(\w+)", FUNCTIONS):
-            function = getattr(library, name, None)
-            if function is None:
-                raise VulkanError(f"the Vulkan loader has no {name}")
+            function = getattr(library, name)
             function.argtypes = [LETTERS[letter] for letter in letters]
             function.restype = c_int32 if returns == "=" else None
             setattr(self, name, self._checked(name, function) if returns == "=" else function)
@@ -203,8 +191,7 @@ class Vulkan:
         return call
 
     def create(self, kind, device, info, undo):
-        """Call vkCreate<kind>(device, info) and return the new object's handle. The ExitStack `undo` is told
-        how to destroy it."""
+        """Return the handle that vkCreate<kind>(device, info) makes. `undo` is to destroy the object."""
         handle = c_uint64()
         getattr(self, "vkCreate" + kind)(device, byref(info), None, byref(handle))
         undo.callback(getattr(self, "vkDestroy" + kind), device, handle, None)
@@ -216,8 +203,7 @@ class Vulkan:
         count = c_uint32()
         function(*arguments, byref(count), None)
         elements = (element * count.value)()
-        if count.value:
-            function(*arguments, byref(count), elements)
+        function(*arguments, byref(count), elements)
         return list(elements[:count.value])
 
 # ---- Instance and device ---------------------------------------------------------------------------------
@@ -226,19 +212,17 @@ class Vulkan:
 # interface (MoltenVK on macOS) are hidden unless a program says with a "portability" extension that it
 # expects them.
 
-def chosen_extensions(vk, function, owner, wanted):
-    """Return those of the wanted extensions that there are, as arguments of vkCreate..."""
+def if_offered(extension, vk, function, *owner):
+    """Return the arguments of vkCreate... that enable an extension where there is one."""
     offered = {each.extensionName for each in vk.array_of(VkExtensionProperties, function, *owner, None)}
-    names = [name for name in wanted if name in offered]
-    return {"enabledExtensionCount": len(names), "ppEnabledExtensionNames": (c_char_p * 2)(*names)}
+    names = (c_char_p * 1)(extension)
+    return {"enabledExtensionCount": int(extension in offered), "ppEnabledExtensionNames": names}
 
 def create_instance(vk):
-    extensions = chosen_extensions(vk, vk.vkEnumerateInstanceExtensionProperties, [], [
-        b"VK_KHR_get_physical_device_properties2", b"VK_KHR_portability_enumeration"])
-    portability = b"VK_KHR_portability_enumeration" in list(extensions["ppEnabledExtensionNames"])
+    extension = if_offered(b"VK_KHR_portability_enumeration", vk, vk.vkEnumerateInstanceExtensionProperties)
     application = VkApplicationInfo(pApplicationName=b"vulkan_gemm", apiVersion=API_VERSION)
-    info = VkInstanceCreateInfo(flags=ENUMERATE_PORTABILITY if portability else 0,
-                                pApplicationInfo=application, **extensions)
+    info = VkInstanceCreateInfo(flags=ENUMERATE_PORTABILITY * extension["enabledExtensionCount"],
+                                pApplicationInfo=application, **extension)
     instance = c_void_p()
     vk.vkCreateInstance(byref(info), None, byref(instance))
     return instance.value
@@ -258,8 +242,8 @@ class PhysicalDevice:
 
 def list_devices(vk, instance):
     """Return the devices that can compute, the best kinds first."""
-    devices = [PhysicalDevice(vk, handle)
-               for handle in vk.array_of(c_void_p, vk.vkEnumeratePhysicalDevices, instance)]
+    handles = vk.array_of(c_void_p, vk.vkEnumeratePhysicalDevices, instance)
+    devices = [PhysicalDevice(vk, handle) for handle in handles]
     kinds = list(DEVICE_TYPES.values())
     return sorted([each for each in devices if each.queue_families], key=lambda each: kinds.index(each.kind))
 
@@ -273,22 +257,21 @@ def choose_device(devices):
     return devices[int(wanted)]
 
 def create_device(vk, physical):
-    extensions = chosen_extensions(vk, vk.vkEnumerateDeviceExtensionProperties, [physical.handle], [
-        b"VK_KHR_portability_subset"])  # must be enabled where it is offered
+    extension = if_offered(b"VK_KHR_portability_subset", vk, vk.vkEnumerateDeviceExtensionProperties,
+                           physical.handle)  # must be enabled where it is offered
     queue = VkDeviceQueueCreateInfo(queueFamilyIndex=physical.queue_families[0], queueCount=1,
-                                    pQueuePriorities=c_float(1.0))
-    info = VkDeviceCreateInfo(queueCreateInfoCount=1, pQueueCreateInfos=queue, **extensions)
+                                    pQueuePriorities=ctypes.c_float(1.0))
+    info = VkDeviceCreateInfo(queueCreateInfoCount=1, pQueueCreateInfos=queue, **extension)
     device = c_void_p()
     vk.vkCreateDevice(physical.handle, byref(info), None, byref(device))
     return device.value
 
 # ---- Memory ----------------------------------------------------------------------------------------------
 # A buffer is a range of bytes that shaders can use. It is bound to memory of one of the device's types, here
-# always one that the host can see, and stays mapped, so that Python writes straight into it. Such a type
-# suits every buffer: the specification promises it. Best for inputs is memory of the device's own. Many cards
-# have a window of only 256 MB to it, shared by all programs, so the next best type must do when that is full.
-# Results should be in "cached" memory, since the host reads any other very slowly. All is "coherent", which
-# saves us flushing.
+# always one that the host can see: the specification promises one for every buffer. It stays mapped, so that
+# Python writes straight into it. Best for inputs is memory of the device's own. Many cards have a window of
+# only 256 MB to it, shared by all programs; when that is full, the next type must do. Results should be in
+# "cached" memory, since the host reads any other very slowly. All is "coherent": no need to flush it.
 
 HOST = HOST_VISIBLE | HOST_COHERENT
 
@@ -298,17 +281,17 @@ class Buffer:
 
     def __init__(self, vk, device, physical, is_input):
         self.vk, self.device, self.physical, self.is_input = vk, device, physical, is_input
+        limits = physical.limits
+        self.limit = 16 * limits.maxTexelBufferElements if is_input else limits.maxStorageBufferRange & ~3
         self.capacity, self.handle, self.view, self.mapped = 0, None, None, None
-        self._undo = ExitStack()
+        self._undo, self._memory = ExitStack(), ExitStack()  # memory is freed after what uses it
 
     def reserve(self, size):
         """Make room for `size` bytes. If that takes a new buffer, what was in the old one is lost."""
-        limits = self.physical.limits
-        limit = 16 * limits.maxTexelBufferElements if self.is_input else limits.maxStorageBufferRange & ~3
-        if size > limit:
-            raise TooLarge(f"{size} bytes in one buffer are more than the {limit} of {self.physical.name}")
+        if size > self.limit:
+            raise VulkanError(f"{size} bytes in one buffer are more than {self.physical.name} allows")
         self.free()
-        capacity = min(limit, max(1 << 16, 1 << (size - 1).bit_length()))
+        capacity = min(self.limit, max(1 << 20, 1 << (size - 1).bit_length()))
         info = VkBufferCreateInfo(size=capacity, usage=TEXEL_USAGE if self.is_input else STORAGE_USAGE)
         self.handle = self.vk.create("Buffer", self.device, info, self._undo)
         self.mapped = (c_char * capacity).from_address(self._bind())
@@ -327,7 +310,7 @@ class Buffer:
             memory, address = c_uint64(), c_void_p()
             try:
                 self.vk.vkAllocateMemory(self.device, byref(info), None, byref(memory))
-                self._undo.callback(self.vk.vkFreeMemory, self.device, memory.value, None)
+                self._memory.callback(self.vk.vkFreeMemory, self.device, memory.value, None)
                 self.vk.vkMapMemory(self.device, memory.value, 0, needs.size, 0, byref(address))
             except VulkanError as error:
                 failure = error
@@ -338,29 +321,27 @@ class Buffer:
 
     def _memory_types(self, needs):
         """Return the indices of the memory types that suit the buffer, the best first."""
-        types = self.physical.memory.memoryTypes[:self.physical.memory.memoryTypeCount]
-        heaps = self.physical.memory.memoryHeaps
-        suitable = [i for i, kind in enumerate(types)
-                    if needs.memoryTypeBits >> i & 1 and needs.size <= heaps[kind.heapIndex].size
-                    and kind.propertyFlags < 16]  # higher flags are of extensions
+        memory = self.physical.memory
+        flags = {i: kind.propertyFlags for i, kind in enumerate(memory.memoryTypes[:memory.memoryTypeCount])
+                 if needs.memoryTypeBits >> i & 1 and needs.size <= memory.memoryHeaps[kind.heapIndex].size}
         best = HOST | (DEVICE_LOCAL if self.is_input else HOST_CACHED)
-        return [i for flags in (best, HOST) for i in suitable if types[i].propertyFlags & flags == flags]
+        return [i for wanted in (best, HOST) for i in flags
+                if flags[i] & wanted == wanted and flags[i] < 16]  # higher flags are of extensions
 
     def free(self):
         self.capacity, self.handle, self.view, self.mapped = 0, None, None, None
         self._undo.close()
+        self._memory.close()
 
 # ---- Lists of rows and bytes -----------------------------------------------------------------------------
 # The slow part of a small product is not the arithmetic but turning Python floats into packed 32-bit ones and
 # back. One C call moves a whole row: struct.pack_into writes it straight to the memory that the device reads.
 
 def shape_of(rows, name):
-    height, width = len(rows), len(rows[0]) if len(rows) else 0
-    if not width:
-        raise ValueError(f"{name} is empty")
-    if any(len(row) != width for row in rows):
-        raise ValueError(f"the rows of {name} differ in length")
-    return height, width
+    widths = {len(row) for row in rows}
+    if len(widths) != 1 or widths == {0}:
+        raise ValueError(f"{name} is empty, or its rows differ in length")
+    return len(rows), len(rows[0])
 
 def write_rows(rows, pitch, buffer, offset):
     """Pack the rows into the buffer from byte `offset` on, each padded with zeros to `pitch` vec4s."""
@@ -380,32 +361,17 @@ def read_rows(buffer, offset, height, width):
     return list(map(list, struct.iter_unpack(f"{width}f", packed)))
 
 # ---- Products --------------------------------------------------------------------------------------------
-# All products of a call lie one after another in the buffers, and take a dispatch each in one submission,
-# since a submission costs as much as a small product. Only large products are split: by rows and columns of
-# the result so that a submission stays short (Windows resets a device that is busy for two seconds), and
-# along K, where each dispatch adds to what the one before has left in C.
+# All products of a call lie one after another in the buffers, and go in one submission, since a submission
+# costs as much as a small product. If they are too much for the buffers, or would keep the device busy for
+# long (Windows resets it after two seconds), the call is halved, and if need be, a large product is, too.
+# Along K, a product takes several dispatches, and each adds to what the one before has left in C.
 
-CONSTANTS = struct.Struct("9I")  # those of gemm.comp, in its order
+CONSTANTS = struct.Struct("8I")  # those of gemm.comp, in its order
 
 def round_up(n, unit):
     return -(-n // unit) * unit
 
-def dispatches(m, n, k, a, b, c):
-    """Yield for each part of a product its push constants, its workgroups in x and y, whether it adds to the
-    part before, and the number of its multiplications. a, b and c are byte offsets in the buffers."""
-    pitch = round_up(k, 4) // 4
-    each = TILE * TILE * round_up(min(k, MAX_K), 4)  # multiplications of a workgroup
-    high = min(-(-m // TILE), MAX_TERMS // each)  # at most 2^13 workgroups: every device allows 65,535
-    wide = min(-(-n // TILE), MAX_TERMS // each // high)
-    for row, column, first in product(range(0, m, high * TILE), range(0, n, wide * TILE), range(0, k, MAX_K)):
-        height, width = min(high * TILE, m - row), min(wide * TILE, n - column)
-        constants = CONSTANTS.pack(
-            height, width, min(MAX_K // 4, pitch - first // 4),
-            a // 16 + row * pitch + first // 4, b // 16 + column * pitch + first // 4,
-            c // 4 + row * n + column, pitch, n, first > 0)
-        yield constants, -(-height // TILE), -(-width // TILE), first > 0, high * wide * each
-
-class VulkanGemm:
+class VulkanGemm(AbstractContextManager):
     """Matrix products on one device; a context manager. Threads that share it take turns."""
 
     def __init__(self, timeout=120.0):
@@ -422,9 +388,6 @@ class VulkanGemm:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *exception):
         self.close()
@@ -444,13 +407,13 @@ class VulkanGemm:
     def _create(self, kind, info):
         return self.vk.create(kind, self.device, info, self._undo)
 
-    # -- Setting up: device, pipeline, descriptor set, command buffer and fence, each once.
-
     def _open_device(self):
         self.vk = vk = Vulkan()
         self.instance = create_instance(vk)
         self._undo.callback(vk.vkDestroyInstance, self.instance, None)
         self.physical = choose_device(list_devices(vk, self.instance))
+        # A software device takes its time from Python's processor, and all its threads count.
+        self.clock = time.process_time if self.physical.kind == "cpu" else time.perf_counter
         self.device = create_device(vk, self.physical)
         self._undo.callback(vk.vkDestroyDevice, self.device, None)
         queue = c_void_p()
@@ -462,10 +425,9 @@ class VulkanGemm:
 
     def _make_pipeline(self, spirv):
         """Make a pipeline of the shader and the shape of its arguments: three buffers and push constants."""
-        bindings = (VkDescriptorSetLayoutBinding * 3)()
-        for i, kind in enumerate((TEXEL_BUFFER, TEXEL_BUFFER, STORAGE_BUFFER)):
-            bindings[i] = VkDescriptorSetLayoutBinding(
-                binding=i, descriptorType=kind, descriptorCount=1, stageFlags=COMPUTE)
+        bindings = (VkDescriptorSetLayoutBinding * 3)(*[VkDescriptorSetLayoutBinding(
+            binding=i, descriptorType=kind, descriptorCount=1, stageFlags=COMPUTE)
+            for i, kind in enumerate((TEXEL_BUFFER, TEXEL_BUFFER, STORAGE_BUFFER))])
         self.set_layout = self._create("DescriptorSetLayout", VkDescriptorSetLayoutCreateInfo(
             bindingCount=3, pBindings=bindings))
         constants = VkPushConstantRange(stageFlags=COMPUTE, size=CONSTANTS.size)
@@ -502,32 +464,52 @@ class VulkanGemm:
         self.commands = commands.value
         self.fence = c_uint64(self._create("Fence", VkFenceCreateInfo()))
 
-    # -- One call: lay out, write, record, submit, wait, read.
-
     def matmul(self, a, b):
         """Return the product of two matrices as a list of rows."""
         shape_of(b, "b")  # zip would drop what is too long
         return self.matmuls([a], [list(zip(*b))])[0]
 
     def matmuls(self, many_rows, many_columns):
-        """Return for each matrix as rows and matrix as columns their product as rows.
+        """Return the products, as rows, of matrices given as rows with matrices given as columns.
 
-        Raises ValueError for shapes that do not fit, and VulkanError for all else, such as a string in a
-        matrix."""
+        Raises ValueError for shapes that do not fit, and VulkanError for all else, such as a string."""
         with self._lock:
             if self.closed:
                 raise VulkanError("this VulkanGemm is closed")
             self._finish_pending()
+            self.shader_seconds = 0.0
             try:
-                products, sizes = self._lay_out(many_rows, many_columns)
-                self._reserve(sizes)
-                for rows, columns, (_, _, k, a, b, _) in zip(many_rows, many_columns, products):
-                    write_rows(rows, round_up(k, 4) // 4, self.buffers[0], a)
-                    write_rows(columns, round_up(k, 4) // 4, self.buffers[1], b)
+                return self._matmuls(many_rows, many_columns)
             except (TypeError, OverflowError, struct.error) as error:
                 raise VulkanError(f"not a matrix of numbers: {error}") from None
-            self._run([part for each in products for part in dispatches(*each)])
-            return [read_rows(self.buffers[2], c, m, n) for m, n, _, _, _, c in products]
+
+    def _matmuls(self, many_rows, many_columns):
+        """Do what matmuls does, in halves if it is too much at once."""
+        products, sizes = self._lay_out(many_rows, many_columns)
+        if not products:
+            return []
+        longest = max([max(m, n) for m, n, *_ in products])
+        terms = sum(m * n * k for m, n, k, *_ in products)
+        if (terms > MAX_TERMS or longest > MAX_GROUPS * TILE
+                or any(size > buffer.limit for size, buffer in zip(sizes, self.buffers))):
+            half = len(products) // 2
+            if half:
+                return (self._matmuls(many_rows[:half], many_columns[:half])
+                        + self._matmuls(many_rows[half:], many_columns[half:]))
+            rows, columns, half = many_rows[0], many_columns[0], longest // 2
+            if half and len(rows) == longest:
+                return [sum(self._matmuls([rows[:half], rows[half:]], [columns, columns]), [])]
+            if half:
+                return [list(map(list, zip(*self._matmuls([columns], [rows])[0])))]  # (A B)^T = B^T A^T
+        self._reserve(sizes)
+        for rows, columns, (_, _, k, a, b, _) in zip(many_rows, many_columns, products):
+            write_rows(rows, round_up(k, 4) // 4, self.buffers[0], a)
+            write_rows(columns, round_up(k, 4) // 4, self.buffers[1], b)
+        start = self.clock()
+        self._record(products)
+        self._submit()
+        self.shader_seconds += self.clock() - start
+        return [read_rows(self.buffers[2], c, m, n) for m, n, _, _, _, c in products]
 
     @staticmethod
     def _lay_out(many_rows, many_columns):
@@ -564,42 +546,29 @@ class VulkanGemm:
             self.vk.vkUpdateDescriptorSets(self.device, 1, byref(write), 0, None)
         self._descriptors_stale = False
 
-    def _run(self, parts):
-        """Do all dispatches, in as few submissions as MAX_TERMS allows."""
-        submissions, room = [], 0
-        for *part, terms in parts:
-            if terms > room:
-                submissions.append([])
-                room = MAX_TERMS
-            submissions[-1].append(part)
-            room -= terms
-        start = time.perf_counter()
-        for submission in submissions:
-            self._record(submission)
-            self._submit()
-        self.shader_seconds = time.perf_counter() - start
-
-    def _record(self, parts):
+    def _record(self, products):
         vk, commands = self.vk, self.commands
         vk.vkResetCommandPool(self.device, self.command_pool, 0)  # also after an interrupted recording
         vk.vkBeginCommandBuffer(commands, byref(VkCommandBufferBeginInfo(flags=ONE_TIME_SUBMIT)))
         vk.vkCmdBindPipeline(commands, BIND_COMPUTE, self.pipeline)
         sets = c_uint64(self.descriptor_set)
         vk.vkCmdBindDescriptorSets(commands, BIND_COMPUTE, self.layout, 0, 1, byref(sets), 0, None)
-        for constants, x, y, adds in parts:
-            if adds:
-                self._barrier(STAGE_COMPUTE, SHADER_READ | SHADER_WRITE)
-            vk.vkCmdPushConstants(commands, self.layout, COMPUTE, 0, CONSTANTS.size, constants)
-            vk.vkCmdDispatch(commands, x, y, 1)
+        for m, n, k, a, b, c in products:
+            for first in range(0, k, MAX_K):
+                if first:
+                    self._barrier(STAGE_COMPUTE, SHADER_READ | SHADER_WRITE)
+                pitch, done = round_up(k, 4) // 4, first // 4
+                constants = CONSTANTS.pack(m, n, min(MAX_K // 4, pitch - done), a // 16 + done,
+                                           b // 16 + done, c // 4, pitch, first > 0)
+                vk.vkCmdPushConstants(commands, self.layout, COMPUTE, 0, CONSTANTS.size, constants)
+                vk.vkCmdDispatch(commands, -(-m // TILE), -(-n // TILE), 1)
         self._barrier(STAGE_HOST, HOST_READ)
         vk.vkEndCommandBuffer(commands)
 
     def _barrier(self, stage, access):
-        """Record that what shaders wrote is to be complete and visible before `stage` accesses it.
-
-        Without this the device may run dispatches side by side and keep what they wrote in its own caches.
-        What the host wrote needs none (submitting makes it visible), nor do two dispatches that write to
-        different parts of C."""
+        """Record that what shaders wrote must be complete and visible before `stage` accesses it. Otherwise
+        dispatches run side by side, as those do that write to different parts of C, and writes stay in
+        caches. What the host wrote is visible from the submission on."""
         barrier = byref(VkMemoryBarrier(srcAccessMask=SHADER_WRITE, dstAccessMask=access))
         self.vk.vkCmdPipelineBarrier(self.commands, STAGE_COMPUTE, stage, 0, 1, barrier, 0, None, 0, None)
 
@@ -639,79 +608,75 @@ def source_hash():
 def load_shader():
     if os.path.exists(SOURCE) and source_hash() != SHADER_SHA256:
         raise VulkanError("gemm.comp was edited: run `python vulkan_gemm.py --compile`, which needs glslc")
-    return zlib.decompress(base64.b64decode(SHADER_SPIRV))
+    return zlib.decompress(base64.b85decode(SHADER_SPIRV.replace("\n", "")))
 
 def compile_shader():
     """Put the newly compiled shader and the hash of its source into this file."""
     done = subprocess.run(["glslc", SOURCE, "-o", "-"], stdout=subprocess.PIPE, check=True)
-    lines = re.sub("(.{108})", r"\1\n", base64.b64encode(zlib.compress(done.stdout, 9)).decode())
+    lines = re.sub("(.{108})", r"\1\n", base64.b85encode(zlib.compress(done.stdout, 9)).decode())
     constants = f'SHADER_SHA256 = "{source_hash()}"\nSHADER_SPIRV = """\n{lines}\n"""\n'
     with open(__file__, encoding="utf-8", newline="") as file:
         text = re.sub(r'(?ms)^SHADER_SHA256 = .*?"""\n.*?"""\n', constants, file.read())
     with open(__file__, "w", encoding="utf-8", newline="") as file:
         file.write(text)
 
-SHADER_SHA256 = "6fbac848cda707e53b27c7d60dd1da67a7229982e6c3b3ae6f15b5d2023e299e"
+SHADER_SHA256 = "99c0c959f44018f3c1c7070cbc3648065fddefb6a02b6a8a1a0e9d4c64248f86"
 SHADER_SPIRV = """
-eNqFlwuYVGUZx8/ZmdnZkYsIKJCAF3RK41kFFbnEKiKuyOKiqCBY4+zsgqOzM7gzC2lpgKCCl7TMu6lgqXnPTBQoULNQoCBLxcprZmxopXgh
-Sb/3nN+7vnuefR53n/N85/2/98v3fWdiVcOSnud7PbxeXg/fC/728qo8n7XWrT286oCub5jeUFuuNNceedThItfbiwXywtvTySTcGndPazZf
-FLyne/o4PB7Y8rwaHpGPuf8qtz7li07K2c5MmnlaJlcqVtpKhcycQmlBJluptOWb2istZZHZQ2TqGxvrGyZlcvPmZcqVCwotmUK+2JJpzre1
-5Cr5+S0iV2Pk8sVcob3ZCiSchI0x4eKQmNpKC9x7TRDz3EKmvlBqyhYmF+eXctlKvlScfHwgG/f6ujVXKrS3FoVOeIMcPbFULFeyxYoLM8h2
-UFhGb6qhJeeTDS25Twno0IZUMpuZk28rVzoxibMpgkmNcxGs2j3z8pXcOcZeMpALUcUkz2xzc1nz3pc45V36nOd9lFvPJd/j3Fpub+3UaXDr
-ebzP6NSJe01undNWas1kQ95c8YXcImNvmco1hbzlkiNyt5sYVpn3DUZ/m+RayOZaoDvcempLub1QCWvbQU45dHdA1ztez2CWPW+we06kJvI3
-jFUxHyxusCqwGoPFwHoaLA7Wx2AJsP4GqwYbaLAkmI2vBmz/IIdYZyySj9T4QJOf0AcYenmEvxy+D72dODTPjkg9xF8HeYr8joi9HdjTePbw
-w/pKjP0cWhXwY4G+vO/tZKrJxQvWeJBzkji+Dj9F3gOCXR/yYsj3IH7Bx0H3BFP9XsZ+b3jWfj+w/i6qAW4d6qxoT77sEZtfIcZBxCD0vmCS
-42By1JiEHmJiGopsteGnkd/HZVqH/mDHO8atdcgLfaxbj4EWWxOo37HYEtlJxtcJ8OuMr+n0Q+qbgRfH/tluzRj7WfTPDvJNec3IJ7yuf1wd
-rg4xT/ZmM/pzwFuoldBzwTSePP1VumxqfRH+M0Z/eUT/SuJX+hXiU/p1bAxxXrYT/1Bmezt+/kVNOvAj9A4wtfMecynyH8ETW8NdtDKPMv8p
-aiczNspFUUVsHjl+7JAEPpLYSxq6b4SujdCjDC29Py7Cb4jQMwyd5ay1/EWGllovi/Bvj9CrIvSGCL3N0DJ770NPcFn3Dr4Twv0qe3Q8+7EP
-+BInU823Qgq8jvt5L2OjPzb6GRt7g6uNfTr3Y2ijL5jKD6T2YlP2437s4SFGZn/wB53MAM66geD3OJkBnIeCf+R8HESfdznegZyjB9HzYcbu
-wfRZfX8V32kj8zVw9X0IeoJ/4uypXVl3ugqLzKHEkkB+GHENN3EdGsyzF2CiL++73e6V9+HUqpb+iJ/DkJP1Q6c/wq0j2e/CPwL+ESb2I5nb
-h4n9KLAUMQgtH5Aj0D0cv6OM36PhHY3fMW4da/yOgz/O+P0G+0P9jgdTv0KPds8YdEcb3YnErPTx2JrgqBOC+y3caxPhSbz1nLUSz1hsjjU2
-TsTGQmZyMlja5Ds5ku8Y6JHQI429k4hR7U0BS5u+TYn0bQS8BlPbqfCmUttGt05jRoR/CvxTjO9TOVt0Zk9jZqcbmdPBtf5noHc69T+Db+BG
-7J9MbDNMbDPhzSS2WW6dbfp+FvyzjN9vcs6p32+Bad+FPtM9s9A90+jm0BVa7qhzuJ80z3PJM290zgNXusBZonQrNrVPRWRajd1SN+fNPPDF
-6J0P1i8475IB1kYt0tg939isYLNsbLaD67k4HxvtJr4F5DTf6H2bfqvMBcgJ/l3uwwvBmx0t9/13qF/G6WQCuRC7kBjlfrmYOyhH7y9GTno7
-m/7MNnF8L1LLhWBpMzsLI7MzC94iM1eL4S1mrpa4damZq0vhX2p8X8b9qHN1OZjOldCXBLUNdS8xc3QF3ynam6vozZXG/tXgSn+fe0Hpa/Cv
-uV+LzDXG7g+6uTt+CK5zdB2YnaMfmTm6Fhm1eX03c3QDuM7Rjdi4wcR3EzndaPRujszRLcjdbOboVnCdo9uon87Rj8Fupa/LwOr4zag9voM+
-3EGPV7h1penxXfDvMvH9hG8c7fFPwbTHQt/pnhXo3ml070ZX6Xvol9L3wtfZ/xmzfy8yktt94ErfzzfYdU5Hvi0fQOZ+cxc9yF10Nz7H893/
-ELxF6D4M9oDRfSSiKzV8BFmp0UryXGny+Dl5aA8fBUubHjwa6cEK6KXQS429X0Tm+jGwtNm3j0X27RLoadDTjL1fRmbscbC0ufsej9x9jfBW
-mfl5At4TzM9qt64x9+Ja+GuN71/xTazz82uwFN9e6823l/DWuWc9dtYZO09F7pCnsas5PYPM02af/qabO+RZcI3nt+g+Sw7qe735bvwdca9F
-fh3xCv6ke1aj8yQ122Bq9hy856jZRrduMjXbDH+zifH3/G7QGP8ApjXbamomvC3u2YqdLcbOHyPn5QvY1Zr9CZkXTM3+3M15+SK4xvMSui+S
-g/reamr2MnFvRn4L8Qr+vHs2ovO88f0XfL9ifP8VXOm/Rebg1cgcvIbMq8buG9h93ei9Ca7n9Vvovmls/R3/bxm9t6mpyvwDubeNzDuROv8T
-uXeYj21gKv8uvws13n8T73tG5j/g99GD/4L1YiZ2mpkQ3gfu+Ywaf2DsfNjpqzr4jf4xv+OHwNOz8hN4qreLOiv9P3LUc/NTzs1d8NTObnh6
-5v4f27upxfudWFWQg8T7mfEjl5P16/td/Vb5oV+RE576jfkhT30IbX3sNDHG/fB3uNYk4X9Rk3eJU7A4NjZhY5OJq9rv2vOkH2JpcyYk/a5n
-wkbyXgO9xtir8bvOdcoPsbQ5l1N+13N5Nb9VR7vnczPgftw=
+c-noJ3z$@88OP7r+1ZO+LO_88BC)BAXA@N9603-~5{rwXf?$oavkQ*S&fv~0q?G}J1zBlXnprAXYF^UJM1cY=3k3?YEUYZej18?6FPOLYJ@b
+3Fch9p=yU%&P^Zwua<@>%fiK?-+K@bN0f&sxHVG#Wt8dL=#YlE!)f|`hKYM$5JP%5`I9C!RNDmO4lMDogekH{ott(K=FlPf6RU!FmNS4Xyjp
+pHl76Y^gr>%*by)Qj!(%mrtqv&BNWvzSjW&KH-bGv#t;uC=S&UQ(GuRHmt=rKx#lI=ggfx>UX--=5Cr3hn8(TxWZ>oLknea&=BFSIFkO+Ppw
+gBz%lXi9=)REH0P#x+vx)`E*mh*qX`DDl98zGv!>dFzb{^wmKLrYqps0>L@6k3`Ph&qgW`FGljB*8D%@7QpRA8qc!K#9j&>~j_8UFtz;&>IM
+-P!_h1@lYYfvGXJc56JWF%s>;=wVt=emAD_M?55R<-ZPjkFal=VV#J6YCJS4WRdv#b~KKEFq&I%t)3ac8k3ovHAas4wJJI(utPuC>Bjr}-dv
+ql;mqd*AN#_iA4GOtu}mTh=q%OI`VLrH<X?ltp(xbd&J<M{^qlBjq`bn&{tHR>MNDYKK*U)j2Ey*56^(V1pc%1RLtG8nEFGs|6bw#hd8ytFd
+c6k94^x{eDNUi}BaN525$r({k#L<*xp^$w}q+$L#ILp2briR%)p+4iU5};wK_~eLqZO)ZZ9vj1jt)92Nfv{Ca9SEZWT#UIO`k#IN{N=>A})K
+fu`^2+!Le0yb2l8Yb&#v1axEe~;RGFY%4QztTs5X?`Qg&*D*fl#6FHvNevMLjG{cvJw4}!aGscM&y+~N!Amg)z)-scM`T#cBb=nD*Q(0YaYG
+O+NR-EWB+_v)6RYd{qv)I>w`ArlR@u4t^=t<BG5h9hW=vkc50>c5-^J=M{kWTxmte~|7oYcE~bAa@f-aV@r@Fz`-pcmbG#3`|D*=p*j0KznA
+v#|-zxtqJhe4WqSM*aS+A#7I!_bDYZb8s<n+2ANqp2Y)3uHs9HSdz^h8H%uTPHgn`88RM`t)gJ%6R6wYF<x{2OER#u&XlM(=gB&e}`R(<SSH
+(OqBJo4OyTvG)dnuNIja?)!T1M()@{osFT`7~*Uk25vSE@7aG98-u}2emJ#Po4Wtr$DSSKWX6EsEi%J6*M@`NCNje~`xJjod>loe-w@uBoS8
+?_^RdqE2k5i;{vf_nPUb`4=KI6wDSlAwnO$99kqWEK(ZrHOek^f~b8#IV&2tc8s;}>F$!^v6an!1T{-~diBB$%CqCZ~N3G8p>9}E9j7yEI{?
+LEYPJXk$3D6JoX<Iz0^zZ0F`6X2bI-^sF0aek-5pX&U6jQwGLr-7MYr6<WV8Qn=vcLp&VeG0aw3w3IAmsR%K40sxE6KAW&GX<MdoQ>14v4WY
+L1(tI8&Whzb8F~Wr1ZVH##Ax<rgQZ;GX2<$A9$vGn?HqV>sBMd^bD0t4p8@|2=le{~7Mt0#nAv$w=4^1Q|2gQLP5sZ|JGKS;rxV+J7uy1O3y
+5u@tczUV&x3!S^ZN<TIrIBTFzdV0=gPAX-E*C87G0(FPP%~m$nw09JabOxB5<SgoFztgVAJ|kK&HdlE%tHVECpYM-o;=;qVujc!aAu%3cD9O
+n`La4oXsw9I~SK>qszs&oSc?9y-(3^leq*r#XrM+cqw?B(0adrn);<hCmqREuuF+i@0ZKCgR=DgGUT+ki|EfH7suyfwOj#~a<j7{HaiR9t#o
+s>3f?N_YPGCu++1A&{|e{(^W2X%S6=|Lxl;P_sJ0c|%iSD(k?#`g&6nuSmCpW`!Hxb3_kz(^;oow<8kwt{-LLj>cYF=p=I9zQKSy78b96N_X
+7d|;%+a;rHb>WC<60NrH_7Qbr+0m9j=qK5^=^)C0Jk~%HubYP`VQC)^mQ#*BfkZ$$2ZZ3o9OX+SvR;I-va*@7vFdJ#<3oM56pV3^v&|DNB3r
+@dn>v|-$uWTz8${J{`Z;v+mX@S?f^IXPQJme5gq-uybGB--CcAychRl*oW^(l58$mt_a3mjobJ6bU9I80$ZCx?kmm-M#}CQFdUzjL%JtyBSP
+#}iuYq3U?ENS<*Y|^^+`hd(wr^KM&xM}r?EN@4V-J9(+}-y;?CxuUx6#edgYX_?em2Rv+1-m<;BRrhf5JDh&CgH4>iPEC=Dxj@w^g2P*xBmr
+JRG}29>K2V^fP20ar^Y=ecU0Bf?GVlK=)B{FyGtUcjGUKdkgYgiC6K5<k^JIL)2`$tJ!1l9;0SEWZmg%whR6)7vrz^-C!~P8q8|8$JI=EyXD
+z~o!!pPZ(`@=6WFzy{T7)gT+M#h$9efAxW)5(be|*#^S#H_><`4f3;Er|tN7#c>_F#n=lhTNe#-g&6S&cTj?KZ-u{rn)GEY0Zf9)fuXTa^ee
+iq$loUOm%|5>N^95pqWza#gYlX*T?=YJsgJoB*^%;aC-ccI1mFXDaC$^0Aq4tnq(umQ}(0XGxMds&{hsqxFs&MQ5>YNFrhukky66g)dCUx#O
+U2dT5sZ;+#%oB!q9JP6P1ya~_F+_$j(Cbf78Oy}qT@xJZ+yc6@QmzDP$h84f>z%##9VTETtl=eOjxEK>*<#)K%q&oaxO<o{Q#S+-qiH)5uu4
+LG|=QUvkOSv<lChUDC>>%&W(3_pT+OYRr*M$`<<<8~0u=lyViQlS|<arkp)q2b
 """
 
 # ---- Which products gain ---------------------------------------------------------------------------------
 # In plain Python a product costs so much for each multiplication, and zeros are skipped. On the device it
-# costs a trip, however small it is, so much for each number that travels, and so much for each multiplication
-# of whole tiles. All four are measured once. Then each call goes where it is cheaper.
+# costs a trip, so much for each number that travels, and so much for each multiplication of whole blocks. All
+# four are measured once. Then each call goes where it is cheaper.
 
 def offload(gpu, plain_matmuls):
     """Return a function of a list of matrices as rows and a list of matrices as columns. It computes their
     products on the GPU if that is faster than plain_matmuls, which does the same."""
     def seconds(matmuls, n):
-        """Time a product of two n x n matrices: in all, and on the device. Other programs disturb this, so
-        the shortest of several counts."""
+        """Return the shortest of six times of a product of n x n matrices: in all, and on the device."""
         matrix = [[0.1 + 0.01 * (i + j) for i in range(n)] for j in range(n)]
         times = []
         for _ in range(6):
-            start = time.perf_counter()
+            start = gpu.clock()
             matmuls([matrix], [matrix])
-            times.append((time.perf_counter() - start, gpu.shader_seconds))
+            times.append((gpu.clock() - start, gpu.shader_seconds))
         return min(times)
 
     check_products(gpu)
     plain_term = seconds(plain_matmuls, 32)[0] / 32 ** 3
-    trip, trip_on_device = seconds(gpu.matmuls, 8)
+    trip, trip_on_device = seconds(gpu.matmuls, 8)  # counted twice below: it takes longer amid other work
     total, on_device = seconds(gpu.matmuls, 128)
     number = (total - on_device) / (3 * 128 ** 2)
     term = max(0.0, on_device - trip_on_device) / 128 ** 3
 
     def filled(rows):
-        """Return about how much of the plain product's time remains where it skips zeros. Every seventh row
-        tells: contexts and batches are often powers of two."""
-        some = rows[::7]
+        """Return about how much of the plain product's time remains, as it skips zeros."""
+        some = rows[::7]  # 7, as lengths are often powers of two
         return min(1.0, 2 - 2 * sum(row.count(0.0) for row in some) / (len(some) * len(some[0])))
 
     def gain(rows, columns):
@@ -722,9 +687,9 @@ def offload(gpu, plain_matmuls):
         return plain - (m * k + k * n + m * n) * number - on_device
 
     def matmuls(many_rows, many_columns):
-        with suppress(TooLarge):
-            if sum(map(gain, many_rows, many_columns)) > trip:
-                return gpu.matmuls(many_rows, many_columns)
+        terms = sum([len(a) * len(a[0]) * len(b) for a, b in zip(many_rows, many_columns)])
+        if terms * plain_term > 2 * trip and sum(map(gain, many_rows, many_columns)) > 2 * trip:
+            return gpu.matmuls(many_rows, many_columns)
         return plain_matmuls(many_rows, many_columns)
 
     return matmuls
