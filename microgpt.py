@@ -393,6 +393,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import Counter
 from functools import lru_cache
@@ -750,6 +751,11 @@ ENGINES = {"scalar": Matrix, "tensor": FastTensor, "vulkan": VulkanTensor}
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 mask_signals = getattr(signal, "pthread_sigmask", lambda how, numbers: None)  # Windows has no masks
 
+def stop_collector():
+    """Stop the search for reference cycles, as there are none. In PyPy nothing else frees memory."""
+    if sys.implementation.name != "pypy":
+        gc.disable()
+
 def start_worker():
     """Set up a worker: it leaves signals to its parent and ends when the parent does."""
     for number in STOPS:
@@ -758,7 +764,7 @@ def start_worker():
         os.setpgrp()  # signals to the parent's group do not come here, so SIGTERM is the pool's own
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         mask_signals(signal.SIG_UNBLOCK, STOPS)
-    gc.disable()
+    stop_collector()
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 def end_with_parent():
@@ -825,7 +831,6 @@ import json
 import shutil
 import stat
 import struct
-import sys
 import time
 from contextlib import contextmanager, suppress
 from itertools import accumulate, islice, product
@@ -1627,7 +1632,7 @@ def main(argv=None):
     if threading.current_thread() is threading.main_thread():  # only it can handle signals
         caught = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]  # as by nohup
         handlers = {number: signal.signal(number, signals.catch) for number in caught}
-    gc.disable()  # nothing here makes reference cycles, so the collector would find nothing
+    stop_collector()
     try:
         try:
             args, run = parse_args(argv)

@@ -2691,6 +2691,14 @@ sys.exit(microgpt.main())
         self.assertEqual(got, [self.main("--steps", "2", "--samples", "1")])
         self.assertEqual((got[0][0], got[0][2]), (0, ""))
 
+    @needs_posix
+    def test_memory_does_not_grow_with_the_steps(self):
+        driver = self.driver("import resource\nstatus = microgpt.main()\n"
+                             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10 * (sys.platform == 'darwin'))")
+        flags = "--engine scalar --d-model 4 --context 8 --samples 0 --steps".split()
+        few, many = (int(self.run_script(*flags, n, script=driver).stdout.split()[-1]) for n in ("50", "400"))
+        self.assertLess(many - few, 80_000)  # kB
+
     def test_importing_runs_nothing(self):
         done = self.run_script("-c", "import microgpt", script="-B", env={"PYTHONPATH": os.path.dirname(SCRIPT)})
         self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
