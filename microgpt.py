@@ -6,29 +6,24 @@
     python microgpt.py --help     everything else it can do
 
 A GPT (generative pretrained transformer) reads a text piece by piece and, at each point, gives a probability
-to every piece that may come next. Training is the search for numbers that make those guesses good. This file
-does all of that with nothing but Python. It has three parts, and you can stop after any of them with
-something complete in hand:
+to every piece that may come next. Training is the search for numbers that make those guesses good. There are
+three parts, and you can stop after any of them with something complete in hand:
 
     Part one    the complete algorithm, one number at a time               sections 1 to 8
     Part two    the same, much faster: matrices, subwords, GPU, cores      sections 9 to 13
     Part three  a tool for every day                                       sections 14 to 18
 
-On the same input.txt and without flags, it prints the same numbers as microgpt by Andrej Karpathy, called the
-reference below.
+Without flags, it prints the same numbers as the reference, microgpt by Andrej Karpathy.
 """
 
-# ==========================================================================================================
-# PART ONE: THE COMPLETE ALGORITHM
-# ==========================================================================================================
+# PART ONE: THE COMPLETE ALGORITHM =========================================================================
 
-import math
-import random
+import math, random
 from dataclasses import dataclass
 
 # 1. Dataset -----------------------------------------------------------------------------------------------
-# A language model learns from documents. Here a document is a name; it could just as well be verse or a game
-# of chess. Put your own in input.txt, one per line, and the model learns to write more of them.
+# A language model learns from documents, here names; they could just as well be verse or games of chess. Put
+# your own in input.txt, one per line, and the model learns to write more of them.
 
 def read_documents(path):
     """Return the lines of a UTF-8 text file, stripped, without the blank ones."""
@@ -37,10 +32,10 @@ def read_documents(path):
     return [line for line in lines if line]
 
 # 2. Characters --------------------------------------------------------------------------------------------
-# The model works with tokens, the pieces of a text; here each character is one. Every token has a number, its
-# id: the characters in sorted order get 0, 1, 2, ... The last id is BOS ("beginning of sequence"). It stands
-# before and after every document, so that the model can learn how names begin and when to stop. With the 26
-# letters, "emma" becomes [26, 4, 12, 12, 0, 26].
+# The model works with tokens, the pieces of a text, here its characters. Every token has a number, its id: in
+# sorted order the characters get 0, 1, 2, ... The last id is BOS ("beginning of sequence"). It stands before
+# and after every document, so that the model can learn how names begin and when to stop. With the 26 letters,
+# "emma" becomes [26, 4, 12, 12, 0, 26].
 
 class CharTokenizer:
     """Give an id to each distinct character in the documents, and the last id to BOS."""
@@ -99,7 +94,6 @@ class Value:
     def exp(self):  # its own slope; that of log(a) is 1/a
         e = math.exp(self.data)
         return Value(e, (self,), (e,))
-
     def log(self): return Value(math.log(self.data), (self,), (1 / self.data,))
     def relu(self): return Value(max(0.0, self.data), (self,), (1.0 if self.data > 0 else 0.0,))
 
@@ -117,8 +111,8 @@ class Value:
         for value, slope in zip(self.inputs, self.slopes):
             value.grad += slope * self.grad
 
-# Every result goes on one list, the tape (Wengert 1964), as soon as it is computed. What was computed from a
-# Value comes after it. So when we read the tape from its end, all paths to a Value are added up in time.
+# Every result goes on one list, the tape (Wengert 1964), as soon as it is computed, so it comes after what it
+# was computed from. When we read the tape from its end, all paths to a Value are added up in time.
 tape = []
 
 def backward(loss):
@@ -154,17 +148,11 @@ class Matrix:
         self.rows = rows
 
     @staticmethod
-    def wrap(rows):
-        """Return a Matrix of the given numbers."""
-        return Matrix([[Value(a) for a in row] for row in rows])
-
+    def wrap(rows): return Matrix([[Value(a) for a in row] for row in rows])  # of plain numbers
     @property
-    def data(self):
-        return [[a.data for a in row] for row in self.rows]
-
+    def data(self): return [[a.data for a in row] for row in self.rows]
     @property
-    def grad(self):
-        return [[a.grad for a in row] for row in self.rows]
+    def grad(self): return [[a.grad for a in row] for row in self.rows]
 
     def embed(self, ids):
         """Look up the row of each id: its embedding, learned numbers that stand for a token or a position."""
@@ -383,18 +371,9 @@ def train_and_sample(path="input.txt", steps=1000):
         ids = sample(config, weights, tokenizer.bos, 0.5, rng)
         print(f"sample {i + 1:2d}: {tokenizer.decode(ids)}")
 
-# ==========================================================================================================
-# PART TWO: EFFICIENCY
-# ==========================================================================================================
+# PART TWO: EFFICIENCY =====================================================================================
 
-import atexit
-import concurrent.futures
-import gc
-import multiprocessing
-import os
-import signal
-import sys
-import threading
+import atexit, concurrent.futures, gc, multiprocessing, os, signal, sys, threading
 from collections import Counter
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
@@ -403,6 +382,11 @@ from operator import add, mul
 
 class UserError(RuntimeError):
     """A problem that the user can fix, told in one line."""
+
+def require(condition, what, error=UserError):
+    """Raise an error that says what is wrong, unless the condition holds."""
+    if not condition:
+        raise error(what)
 
 # 9. The same operations, a matrix at a time ---------------------------------------------------------------
 # Part one makes an object of every multiplication. A Tensor holds the numbers of a whole matrix instead, and
@@ -414,14 +398,8 @@ class UserError(RuntimeError):
 # is the dot product of a row and a column. The columns of a transpose are rows, so X W^T is matmul(x, w).
 
 sumprod = getattr(math, "sumprod", lambda a, b: sum(map(mul, a, b)))  # math has it from Python 3.12 on
-
-def columns(rows):
-    """Return the columns of a matrix, which are the rows of its transpose."""
-    return list(zip(*rows))
-
-def add_rows(x, y):
-    """Return the sum of two matrices."""
-    return [list(map(add, a, b)) for a, b in zip(x, y)]
+def columns(rows): return list(zip(*rows))  # and these are the rows of the transpose
+def add_rows(x, y): return [list(map(add, a, b)) for a, b in zip(x, y)]
 
 def probabilities(scores):
     """Return the softmax of floats."""
@@ -431,29 +409,20 @@ def probabilities(scores):
     return [e / total for e in exps]
 
 class Tensor:
-    """A matrix. data is rows of floats (of a loss, one float); grad is its gradient in the same shape, at
-    first None."""
+    """A matrix. data is rows of floats (of a loss, one float); grad, at first None, has the same shape."""
     def __init__(self, data, rule=None):
         self.data, self.grad, self.rule = data, None, rule
         if rule:
             tape.append(self)
 
     @classmethod
-    def wrap(cls, rows):
-        """Return a Tensor around the rows themselves."""
-        return cls(rows)
-
-    def backprop(self):
-        """Pass the gradient on to the inputs."""
-        self.rule(self.grad)
+    def wrap(cls, rows): return cls(rows)
+    def result(self, data, rule): return type(self)(data, rule)
+    def backprop(self): self.rule(self.grad)
 
     def receive(self, grad):
         """Add to the gradient. Rows already received never change, since others may hold them."""
         self.grad = grad if self.grad is None else add_rows(self.grad, grad)
-
-    def result(self, data, rule):
-        """Return the result of an operation, a Tensor of the same kind."""
-        return type(self)(data, rule)
 
     @staticmethod
     def matmul(rows, columns):
@@ -461,9 +430,7 @@ class Tensor:
         return [[sumprod(row, column) for column in columns] for row in rows]
 
     @classmethod
-    def matmuls(cls, many_rows, many_columns):
-        """Return many products at once."""
-        return list(map(cls.matmul, many_rows, many_columns))
+    def matmuls(cls, many_rows, many_columns): return list(map(cls.matmul, many_rows, many_columns))
 
     # A row of the table goes wherever its id is, so its gradient is the sum of theirs.
     def embed(self, ids):
@@ -494,7 +461,6 @@ class Tensor:
     def rmsnorm(self):
         scales = [(sumprod(row, row) / len(row) + 1e-5) ** -0.5 for row in self.data]
         y = [[a * scale for a in row] for row, scale in zip(self.data, scales)]
-
         def rule(g):
             out = []
             for g_row, y_row, scale in zip(g, y, scales):
@@ -522,17 +488,13 @@ class Tensor:
 
         def split(many):  # rows of each document -> a matrix for each document and head
             return [[row[head] for row in rows] for rows in many for head in heads]
-
         def join(parts):  # and back to one matrix, leaving out the rows of earlier calls
             out = []
             for i, span in enumerate(spans):
                 new = [part[span.start - span.stop :] for part in parts[i * n_head : (i + 1) * n_head]]
                 out += [list(chain(*rows)) for rows in zip(*new)]
             return out
-
-        def scaled(rows):
-            return [[a / math.sqrt(size) for a in row] for row in rows]
-
+        def scaled(rows): return [[a / math.sqrt(size) for a in row] for row in rows]
         for span in spans:
             keys, values = caches[span.start]
             keys += k.data[span]
@@ -545,7 +507,6 @@ class Tensor:
             length, past = len(scores), len(scores[0]) - len(scores)
             shares = [probabilities(row[: past + t + 1]) for t, row in enumerate(scores)]  # no future
             ps.append([row + [0.0] * (length - t - 1) for t, row in enumerate(shares)])
-
         def rule(g):
             gs = split([g[span] for span in spans])
             dss = []
@@ -569,7 +530,6 @@ class Tensor:
             total = sum(exps)
             probs.append([e / total for e in exps])
             loss += math.log(total) + top - row[target]
-
         def rule(g):
             grad = [[g * p / len(targets) for p in row] for row in probs]
             for row, target in zip(grad, targets):
@@ -586,29 +546,17 @@ WRITTEN_OUT = 16 if hasattr(math, "sumprod") else 257  # longer dot products are
 
 @lru_cache(maxsize=None)
 def products(n):
-    """Return a matmul for rows and columns of length n. Unusual long lengths, as with a text that grows, are
-    not worth compiling."""
-    if n >= WRITTEN_OUT or n > 64 and n % 64:
+    """Return a matmul for rows and columns of length n."""
+    if n >= WRITTEN_OUT or n > 64 and n % 64:  # few products have one of these lengths, in a growing text
         return Tensor.matmul
     a, b = [[f"{x}{i}" for i in range(n)] for x in "ab"]
     terms = "+".join(map("{}*{}".format, a, b))
-    source = f"""def product(rows, columns):
-        out = []
-        for {",".join(a)}, in rows:
-            row = []
-            for {",".join(b)}, in columns:
-                row.append({terms})
-            out.append(row)
-        return out"""
-    exec(source, names := {})
-    return names["product"]
+    return eval(f"lambda rows, columns: [[{terms} for {','.join(b)}, in columns] for {','.join(a)}, in rows]")
 
 def mostly_zeros(rows):
-    """Tell if more than half of the numbers in a matrix are 0. Two rows usually suffice to tell that they are
-    not."""
-    if 0.0 not in rows[0] and 0.0 not in rows[-1]:
-        return False
-    return 2 * sum(row.count(0.0) for row in rows) > len(rows) * len(rows[0])
+    """Tell if more than half of the numbers are 0. Where they are not, two rows usually show it."""
+    some = 0.0 in rows[0] or 0.0 in rows[-1]
+    return some and 2 * sum(row.count(0.0) for row in rows) > len(rows) * len(rows[0])
 
 class FastTensor(Tensor):
     """The engine `tensor`: a Tensor with faster products."""
@@ -625,31 +573,29 @@ class FastTensor(Tensor):
             out += products(len(numbers))([numbers], zip(*kept)) if numbers else [[0.0] * len(columns)]
         return out
 
+def rows_of(*dictionaries):
+    """Yield the rows that belong together in weights, gradients, running means."""
+    for name in dictionaries[0]:
+        yield from zip(*[each[name] for each in dictionaries])
+
 def fast_adam(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8, **_):
     """Do what adam does, with all that is the same for every weight computed once: dividing v by c^2 and m by
     d is the same as multiplying lr by c / d and eps by c."""
     new1, new2, sqrt = 1 - beta1, 1 - beta2, math.sqrt
     c = sqrt(1 - beta2 ** (step + 1))
     lr, eps = lr * c / (1 - beta1 ** (step + 1)), eps * c
-    for name in weights:
-        for w, g, mean, square in zip(weights[name], grads[name], m[name], v[name]):
-            for i in range(len(w)):
-                gi = g[i]
-                mean[i] = mi = beta1 * mean[i] + new1 * gi
-                square[i] = vi = beta2 * square[i] + new2 * gi * gi
-                w[i] -= lr * mi / (sqrt(vi) + eps)
-
-def rows_of(*dictionaries):
-    """Yield the rows that belong together in weights, gradients, running means."""
-    for name in dictionaries[0]:
-        yield from zip(*[each[name] for each in dictionaries])
+    for w, g, mean, square in rows_of(weights, grads, m, v):
+        for i in range(len(w)):
+            gi = g[i]
+            mean[i] = mi = beta1 * mean[i] + new1 * gi
+            square[i] = vi = beta2 * square[i] + new2 * gi * gi
+            w[i] -= lr * mi / (sqrt(vi) + eps)
 
 # 11. Subwords ---------------------------------------------------------------------------------------------
 # Characters are few, and each says little. Byte-pair encoding (Gage 1994; Sennrich et al. 2016) makes longer
 # tokens: the pair of neighbors that occurs most often becomes a token of its own, again and again. In
 # "banana" the pairs are ba (once), an (twice) and na (twice). On a tie the smaller pair wins, here an, and
-# the text becomes b [an] [an] a, in which no pair occurs twice. Nothing is split at spaces, so " of the " may
-# become one token.
+# the text becomes b [an] [an] a, in which no pair occurs twice. A token may hold spaces, such as " of the ".
 #
 # The tokens of a text are kept as a string of chr(id), so that Python's own split finds all places of a pair,
 # from left to right. In aaa the pair aa is counted twice, though only one can be replaced. Counting all pairs
@@ -660,12 +606,9 @@ def rows_of(*dictionaries):
 BETWEEN = chr(0x10FFFF)  # stands between documents and is part of no pair
 
 def learn_merges(docs, n, new):
-    """Return up to n merges, (left id, right id), and the documents after these merges. Documents are strings
-    of chr(id), and new is the first id for a merge. There are fewer than n if no pair occurs twice any
-    more."""
+    """Return the first n merges, (left id, right id), for strings of chr(id). Their ids begin with `new`."""
     text, merges = BETWEEN.join(docs), []
-    counts = Counter(map(add, text, text[1:]))
-    counts = {pair: count for pair, count in counts.items() if BETWEEN not in pair}
+    counts = Counter(pair for pair in map(add, text, text[1:]) if BETWEEN not in pair)
     heap = [(-count, pair) for pair, count in counts.items() if count > 1]
     heapify(heap)
     while heap and len(merges) < n:
@@ -689,11 +632,11 @@ def learn_merges(docs, n, new):
             changes[merged + char] += times
         for other, change in changes.items():
             if BETWEEN not in other:
-                counts[other] = counts.get(other, 0) + change
+                counts[other] += change
                 if change > 1:  # a pair with the new token; no other count rises
                     heappush(heap, (-change, other))
         counts[pair] = 0
-    return merges, text.split(BETWEEN)
+    return merges
 
 class BPETokenizer(CharTokenizer):
     """A CharTokenizer with one more token for each merge. BOS stays the last id."""
@@ -704,15 +647,19 @@ class BPETokenizer(CharTokenizer):
             self.tokens.append(self.tokens[left] + self.tokens[right])
         self.bos, self.vocab_size = len(self.tokens), len(self.tokens) + 1
 
-    def encode(self, text):
-        """Return the ids of a text. Raises KeyError for a character that no document has."""
-        return [ord(char) for char in self.merge("".join(map(chr, super().encode(text))))]
-
-    def merge(self, text):
-        """Make the merges in a string of chr(id), in the order in which they were learned."""
+    def merge(self, docs):
+        """Return documents as strings of chr(id), after the merges, made in the order they were learned."""
+        try:
+            text = BETWEEN.join(["".join([chr(self.ids[char]) for char in doc]) for doc in docs])
+        except KeyError as error:
+            raise UserError(f"no document has the character {error}, so the model cannot know it") from None
         for new, (left, right) in enumerate(self.merges, len(self.ids)):
             text = text.replace(chr(left) + chr(right), chr(new))
-        return text
+        return text.split(BETWEEN) if docs else []
+
+    def encode(self, text):
+        """Return the ids of a text. Raises UserError for a character that no document has."""
+        return list(map(ord, self.merge([text])[0]))
 
 # 12. The GPU ----------------------------------------------------------------------------------------------
 # A GPU multiplies thousands of numbers at once, but they must travel there and back. So the engine vulkan
@@ -733,28 +680,19 @@ def gpu_matmuls():
 class VulkanTensor(FastTensor):
     """The engine `vulkan`: a FastTensor with its large products on the GPU."""
     @classmethod
-    def matmul(cls, rows, columns):
-        return cls.matmuls([rows], [columns])[0]
-
+    def matmul(cls, rows, columns): return cls.matmuls([rows], [columns])[0]
     @classmethod
-    def matmuls(cls, many_rows, many_columns):
-        return gpu_matmuls()(list(many_rows), list(many_columns))
+    def matmuls(cls, many_rows, many_columns): return gpu_matmuls()(list(many_rows), list(many_columns))
 
 ENGINES = {"scalar": Matrix, "tensor": FastTensor, "vulkan": VulkanTensor}
 
 # 13. All the cores ----------------------------------------------------------------------------------------
-# Large models are trained by many workers at once. All have the same weights, each computes the gradients for
-# its share of the batch, and the mean of these, weighted by the sizes of the shares, is the gradient of the
-# whole batch. Python runs one thread at a time, so our workers are processes, and the standard library has a
-# pool of them. Only this process moves the weights; it sends them along with every share.
+# All workers have the same weights, each computes the gradients for its share of the batch, and their mean,
+# weighted by the sizes of the shares, is the gradient of the whole batch. Python runs one thread at a time,
+# so the workers are processes, from a pool in the standard library. Only this process moves the weights.
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 mask_signals = getattr(signal, "pthread_sigmask", lambda how, numbers: None)  # Windows has no masks
-
-def stop_collector():
-    """Stop the search for reference cycles, as there are none. In PyPy nothing else frees memory."""
-    if sys.implementation.name != "pypy":
-        gc.disable()
 
 def start_worker():
     """Set up a worker: it leaves signals to its parent and ends when the parent does."""
@@ -764,7 +702,6 @@ def start_worker():
         os.setpgrp()  # signals to the parent's group do not come here, so SIGTERM is the pool's own
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         mask_signals(signal.SIG_UNBLOCK, STOPS)
-    stop_collector()
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 def end_with_parent():
@@ -772,33 +709,26 @@ def end_with_parent():
     multiprocessing.parent_process().join()
     os._exit(1)
 
-def count_predictions(batch):
-    """Return the number of tokens that a batch predicts: in each document, all but the first."""
-    return sum(len(tokens) - 1 for tokens in batch)
+def count_predictions(batch): return sum(len(tokens) - 1 for tokens in batch)  # no first token is predicted
 
 class Workers:
     """Processes that share the work of loss_and_grads. One alone is this process."""
     def __init__(self, n, engine, model=gpt):
         self.n, self.engine, self.model, self.others = n, engine, model, threading.enumerate()
         if n > 1:
-            how = "spawn" if engine is VulkanTensor else None  # a GPU does not survive a fork
-            context = multiprocessing.get_context(how)
+            context = multiprocessing.get_context("spawn" if engine is VulkanTensor else None)  # no GPU is forked
             self.pool = concurrent.futures.ProcessPoolExecutor(n, context, start_worker)
             self.pool._safe_to_dynamically_spawn_children = False  # PyPy's pool lacks what it would call
 
     def loss_and_grads(self, config, weights, batch, patience=3600):
-        """Return the mean loss of a batch and its gradients. With the same number of workers they are the
-        same to the last bit. Raises UserError if a worker dies, cannot start, or takes longer than `patience`
-        seconds."""
+        """Do loss_and_grads. Raises UserError if a worker dies, cannot start or takes over `patience` s."""
         if self.n == 1:
             return loss_and_grads(config, weights, batch, self.engine, self.model)
-        loss, grads, futures = 0.0, zeros(weights), []
-        shares = [batch[i :: self.n] for i in range(self.n)]
+        loss, grads, shares = 0.0, zeros(weights), [batch[i :: self.n] for i in range(self.n)]
+        work = [(loss_and_grads, config, weights, share, self.engine, self.model) for share in shares]
         try:
             mask_signals(signal.SIG_BLOCK, STOPS)  # until new workers ignore them
-            for share in shares:
-                work = loss_and_grads, config, weights, share, self.engine, self.model
-                futures.append(self.pool.submit(*work))
+            futures = [self.pool.submit(*call) for call in work]
             mask_signals(signal.SIG_UNBLOCK, STOPS)
             for share, future in zip(shares, futures):
                 part = count_predictions(share) / count_predictions(batch)
@@ -820,44 +750,29 @@ class Workers:
             for thread in set(threading.enumerate()) - set(self.others):  # those of the pool, which end now
                 thread.join(1)
 
-# ==========================================================================================================
-# PART THREE: A TOOL FOR EVERY DAY
-# ==========================================================================================================
+# PART THREE: A TOOL FOR EVERY DAY =========================================================================
 
-import argparse
-import glob
-import html
-import json
-import shutil
-import stat
-import struct
-import time
+import argparse, glob, json, shutil, struct, time
 from contextlib import contextmanager, suppress
-from itertools import accumulate, islice, product
+from functools import partial
+from itertools import islice, product
 from pathlib import Path
 
 # 14. GPT-2 as published -----------------------------------------------------------------------------------
 # Part one has the lean layers of the reference. GPT-2 (Radford et al. 2019; --arch gpt2) differs in four
-# ways. LayerNorm replaces RMSNorm: it also subtracts the mean of each row, and then each channel has a
-# learned factor, the gain, and a learned offset, the bias. Each linear layer has a bias, too. The activation
-# is GELU, a ReLU with a soft knee. And the extra norm stands at the end instead of the beginning.
-#
-# A gain or a bias is a matrix with one row. embed() repeats it for every position, and knows its gradient
-# already. So only three operations are new, and each is added to both kinds of matrices.
+# ways. LayerNorm (Ba, Kiros, Hinton 2016) replaces RMSNorm: it also subtracts the mean of each row, and then
+# each channel has a learned factor, the gain, and a learned offset, the bias. Each linear layer has a bias,
+# too. The activation is GELU, a ReLU with a soft knee. And the extra norm stands at the end, not first. A
+# gain or a bias is a matrix with one row, which embed() repeats for every position.
 
 # y = x - mean. Every x lowers its whole row by 1/n of itself, so the gradient loses its mean, too.
 def center(rows):
-    """Subtract its mean from each row. The rows may be numbers or Values."""
-    out = []
-    for row in rows:
-        mean = sum(row) / len(row)
-        out.append([a - mean for a in row])
-    return out
+    """Subtract its mean from each row, of numbers or Values."""
+    means = [sum(row) / len(row) for row in rows]
+    return [[a - mean for a in row] for row, mean in zip(rows, means)]
 
 # y = x z, number by number: the slope to each is the other.
-def multiply(x, z):
-    """Multiply two matrices number by number. The numbers may be Values."""
-    return [[a * b for a, b in zip(*rows)] for rows in zip(x, z)]
+def multiply(x, z): return [[a * b for a, b in zip(*rows)] for rows in zip(x, z)]
 
 def multiply_tensors(x, z):
     def rule(g):
@@ -873,11 +788,8 @@ def gelu(x):
     return x * (1 + t) / 2, (1 + t + x * (1 - t * t) * c * (1 + 3 * k * x * x)) / 2
 
 def gelu_matrix(x):
-    out = []
-    for row in x.rows:
-        results = [(a, *gelu(a.data)) for a in row]
-        out.append([Value(y, (a,), (slope,)) for a, y, slope in results])
-    return Matrix(out)
+    rows = [[(a, *gelu(a.data)) for a in row] for row in x.rows]
+    return Matrix([[Value(y, (a,), (slope,)) for a, y, slope in row] for row in rows])
 
 def gelu_tensor(x):
     results = [[gelu(a) for a in row] for row in x.data]
@@ -910,15 +822,9 @@ def gpt2_weights(config, rng):
 
 def gpt2(config, w, ids, positions, caches):
     """Return the logits, rows x vocab_size, as gpt() does."""
-    def repeat(name):
-        return w[name].embed([0] * len(ids))
-
-    def linear(x, name):
-        return x.linear(w[name]) + repeat(name + ".bias")
-
-    def layernorm(x, name):  # (Ba, Kiros, Hinton 2016)
-        return x.center().rmsnorm() * repeat(name) + repeat(name + ".bias")
-
+    def repeat(name): return w[name].embed([0] * len(ids))
+    def linear(x, name): return x.linear(w[name]) + repeat(name + ".bias")
+    def layernorm(x, name): return x.center().rmsnorm() * repeat(name) + repeat(name + ".bias")
     x = w["wte"].embed(ids) + w["wpe"].embed(positions)                         # rows x n_embd
     for i in range(config.n_layer):
         layer = f"layer{i}."
@@ -936,13 +842,11 @@ MODELS = {"microgpt": (gpt, shapes, initial_weights), "gpt2": (gpt2, gpt2_shapes
 # Each adds one idea to the one before it. Gradient descent takes a step down the slope (Robbins, Monro 1951).
 # Momentum keeps going in its previous direction (Polyak 1964). RMSprop divides by the size that a weight's
 # gradients had lately (Tieleman, Hinton 2012). Adam (section 6) does both. AdamW also pulls each weight
-# towards 0, apart from the gradient (Loshchilov, Hutter 2019). All take the same arguments and use those that
-# they need.
+# towards 0, apart from the gradient (Loshchilov, Hutter 2019). All take the same arguments.
 
 def sgd(weights, grads, m, v, step, lr, **_):
     for w, g in rows_of(weights, grads):
-        for i in range(len(w)):
-            w[i] -= lr * g[i]
+        w[:] = [a - lr * b for a, b in zip(w, g)]
 
 def momentum(weights, grads, m, v, step, lr, beta1=0.85, **_):
     for w, g, mean in rows_of(weights, grads, m):
@@ -958,21 +862,20 @@ def rmsprop(weights, grads, m, v, step, lr, beta2=0.99, eps=1e-8, **_):
 
 def adamw(weights, grads, m, v, step, lr, weight_decay=0.01, **settings):
     for (w,) in rows_of(weights):
-        for i in range(len(w)):
-            w[i] -= lr * weight_decay * w[i]
+        w[:] = [a - lr * weight_decay * a for a in w]
     fast_adam(weights, grads, m, v, step, lr, **settings)
 
 OPTIMIZERS = {"sgd": sgd, "momentum": momentum, "rmsprop": rmsprop, "adam": fast_adam, "adamw": adamw}
 
+def norm(grads): return math.sqrt(sum(sumprod(row, row) for (row,) in rows_of(grads)))
+
 def clip(grads, limit):
-    """Return the gradients, scaled down if their norm, the root of the sum of squares, exceeds the limit."""
-    norm = math.sqrt(sum(sumprod(row, row) for (row,) in rows_of(grads)))
-    scale = limit / max(norm, limit)
+    """Return the gradients, scaled down if their norm, as one vector, exceeds the limit."""
+    scale = limit / max(norm(grads), limit)
     return {name: [[g * scale for g in row] for row in rows] for name, rows in grads.items()}
 
 def learning_rate(args, step):
-    """Return the learning rate of a step. It rises for --warmup-steps, while the running means are still
-    rough, then falls in a straight line, along half a cosine (Loshchilov, Hutter 2017), or not at all."""
+    """Return the learning rate of a step. It rises while the running means are still rough, then falls."""
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
     done = (step - args.warmup_steps) / (args.steps - args.warmup_steps)
@@ -980,11 +883,10 @@ def learning_rate(args, step):
     return args.lr * fall[args.schedule]
 
 # 16. Checkpoints ------------------------------------------------------------------------------------------
-# A run is kept in one file, in the .safetensors format: the length of a header in 8 bytes; the header, JSON
-# that gives the type, the shape and the place of each matrix, and some strings, the metadata; then plain
-# numbers. PyTorch and other tools can open it, and unlike a pickle it cannot run code. The new file is
-# written beside the old one and renamed when it is whole and on the disk: whatever happens, one of the two is
-# there.
+# A run is kept in one .safetensors file: the length of a header in 8 bytes; the header, JSON with the type,
+# shape and place of each matrix and some strings, the metadata; then plain numbers. PyTorch can open it, and
+# unlike a pickle it cannot run code. A new file is written beside the old one and renamed once it is whole
+# and on the disk: whatever happens, one of the two is there.
 
 @contextmanager
 def reporting(what):
@@ -992,25 +894,17 @@ def reporting(what):
     try:
         yield
     except Exception as error:  # a damaged file can lead to any
-        reason = str(error) if isinstance(error, (UserError, ValueError)) else repr(error)
-        raise UserError(f"{what[:100]}: {getattr(error, 'strerror', None) or reason[:100]}") from None
+        reason = getattr(error, "strerror", None) or str(error) or repr(error)
+        raise UserError(f"{what[:100]}: {reason[:100]}") from None
 
-def require(condition, what):
-    """Raise a ValueError that says what is wrong, unless the condition holds."""
-    if not condition:
-        raise ValueError(what)
-
-@contextmanager
-def replacing(path):
-    """Open a binary file that takes the place of `path` once it is whole. Raises UserError if that fails."""
+def replace_file(path, parts):
+    """Write parts of bytes into a new file, which then takes the place of `path`."""
     target = os.path.realpath(path)  # for a link, replace its target
-    part = f"{target}.{os.getpid()}.part"
-    with suppress(OSError):
-        os.remove(part)  # of a killed process with the same number
+    part = f"{target}.{os.getpid()}.{time.time_ns()}.part"  # no other process uses this name
     with reporting(f"cannot save {path}"):
         try:
             with open(part, "xb") as file:  # x: never through a link or into an existing file
-                yield file
+                file.writelines(parts)
                 file.flush()
                 os.fsync(file.fileno())
             if os.path.exists(target):
@@ -1029,83 +923,72 @@ def write_safetensors(path, tensors, metadata):
         header[name] = {"dtype": "F64", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with replacing(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for (row,) in rows_of(tensors):
-            file.write(struct.pack(f"<{len(row)}d", *row))
+    numbers = (struct.pack(f"<{len(row)}d", *row) for (row,) in rows_of(tensors))
+    replace_file(path, chain([len(text).to_bytes(8, "little"), text], numbers))
 
 def read_safetensors(path):
-    """Return name -> rows of floats, and the metadata. The header is held against the size of the file before
-    any numbers are read."""
-    require(os.path.isfile(path) or not os.path.exists(path), "it is not a file")
+    """Return name -> rows of floats, and the metadata. No more is read than the size of the file allows."""
     with open(path, "rb") as file:
         size, length = os.fstat(file.fileno()).st_size - 8, int.from_bytes(file.read(8), "little")
         require(length <= size, "it is cut short, or no .safetensors file")
-        header, places, end = json.loads(file.read(length)), {}, 0
+        header, tensors, end = json.loads(file.read(length)), {}, 0
         metadata = header.pop("__metadata__", {})
+        last = max([entry["data_offsets"][1] for entry in header.values()] + [0])
+        require(last == size - length, "it is cut short, or too long")
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             shape, dtype = entry["shape"], entry["dtype"]
             require(dtype in ("F32", "F64"), f"it holds {dtype}; F32 and F64 are read")
             require(len(shape) in (1, 2) and all(type(n) is int and n > 0 for n in shape), f"shape {shape}")
             start, end = end, end + math.prod(shape) * int(dtype[1:]) // 8
             require(entry["data_offsets"] == [start, end], f"{name} is out of place")
-            places[name] = f"<{shape[-1]}{'f' if dtype == 'F32' else 'd'}", end - start
-        require(end == size - length, "it is cut short, or too long")
-        tensors = {}
-        for name, (row, length) in places.items():
-            tensors[name] = [list(numbers) for numbers in struct.iter_unpack(row, file.read(length))]
+            row = struct.Struct(f"<{shape[-1]}{'f' if dtype == 'F32' else 'd'}")
+            tensors[name] = [list(numbers) for numbers in row.iter_unpack(file.read(end - start))]
             require(all(map(math.isfinite, chain(*tensors[name]))), f"{name} has a number that is not finite")
     return tensors, metadata
 
 class Run:
     """A training run: its flags and all it needs to go on. Without weights, it draws new ones."""
+    FIELDS = "flags", "characters", "merges", "step", "recent", "random"  # of the metadata
     def __init__(self, args, tokenizer, rng, weights=None):
         self.args, self.tokenizer, self.rng = args, tokenizer, rng
+        self.edge = [] if args.stream else [tokenizer.bos]  # what stands before and after a document
         self.config = Config(tokenizer.vocab_size, args.layers, args.d_model, args.heads, args.context)
         self.model, self.shapes, draw_weights = MODELS[args.arch]
         self.weights = weights or draw_weights(self.config, rng)
         self.m, self.v = zeros(self.weights), zeros(self.weights)
-        self.step, self.recent = 0, []  # recent: the losses since the last validation
-        self.saved = "nothing was saved"
-
-    def wrap(self):
-        """Return the weights as matrices of the engine."""
-        return {name: ENGINES[self.args.engine].wrap(rows) for name, rows in self.weights.items()}
+        self.step, self.recent, self.saved = 0, [], "nothing was saved"  # recent: losses since a validation
+    def wrap(self): return {name: ENGINES[self.args.engine].wrap(w) for name, w in self.weights.items()}
 
     def save(self):
         """Write the checkpoint, if there is to be one. Raises ArithmeticError if it would be useless."""
         if self.args.save is None:
             return
-        tensors = dict(self.weights)
+        tensors = {**self.weights}
         for name in self.weights:
-            tensors["optimizer.m." + name] = self.m[name]
-            tensors["optimizer.v." + name] = self.v[name]
+            tensors |= {"optimizer.m." + name: self.m[name], "optimizer.v." + name: self.v[name]}
         if not all(all(map(math.isfinite, row)) for (row,) in rows_of(tensors)):
-            raise ArithmeticError(f"the weights have overflowed after step {self.step}: try a lower --lr")
+            raise ArithmeticError(f"the weights have overflowed at step {self.step}: try a lower --lr")
         characters, merges = "".join(self.tokenizer.ids), self.tokenizer.merges
         values = as_argv(self.args), characters, merges, self.step, self.recent, self.rng.getstate()
-        metadata = {name: json.dumps(value) for name, value in zip(FIELDS, values)}
-        metadata.update(format="pt", config=json.dumps(vars(self.config)))  # for other programs
+        metadata = {name: json.dumps(value) for name, value in zip(self.FIELDS, values)}
+        metadata |= {"format": "pt", "config": json.dumps(vars(self.config))}  # for other programs
         write_safetensors(self.args.save, tensors, metadata)
         self.saved = f"step {self.step} is saved in {self.args.save}"
-
-FIELDS = "flags", "characters", "merges", "step", "recent", "random"  # of the metadata
 
 def load(path):
     """Return the Run in a checkpoint. Raises UserError if the file is not a whole one."""
     with reporting(f"cannot read {path}"):
         tensors, metadata = read_safetensors(path)
-        for name in FIELDS:
+        for name in Run.FIELDS:
             require(name in metadata, f"it was not saved by this program: no {name} in its metadata")
-        flags, characters, merges, step, recent, state = [json.loads(metadata[name]) for name in FIELDS]
-        require(all(flag.startswith("--") and flag != "--help" for flag in flags), "its flags")
+        flags, characters, merges, step, recent, state = [json.loads(metadata[name]) for name in Run.FIELDS]
+        require(not {"-h", "--help"} & set(flags), "its flags")
         args = make_parser().parse_args(flags)
         require(set(flags) <= set(as_argv(args)) and args.layers <= len(tensors), "its flags")
-        lengths, total = [1] * len(characters), 0
-        for left, right in merges:
+        lengths = [1] * len(characters)
+        for left, right in merges:  # a few of them can make vast tokens
             lengths.append(lengths[left] + lengths[right])
-            total += lengths[-1]
-            require(min(left, right) >= 0 and total <= 5 * 10**7, "its merges")  # a few can make vast texts
+            require(min(left, right) >= 0 and lengths[-1] * len(merges) < 10**8, "its merges")
         tokenizer, rng = BPETokenizer(characters, merges), random.Random()
         require("".join(tokenizer.ids) == characters, "its characters")
         rng.setstate((state[0], tuple(state[1]), state[2]))
@@ -1116,9 +999,9 @@ def load(path):
             run.v = {name: tensors.pop("optimizer.v." + name) for name in weights}
         for part in weights, run.m, run.v:
             found = {name: (len(rows), len(rows[0])) for name, rows in part.items()}
-            require(found == run.shapes(run.config), "its matrices are not those of its model")
+            fit = found == run.shapes(run.config) and len(tensors) == len(weights)
+            require(fit, "its matrices are not those of its model")
         require(all(min(row) >= 0 for (row,) in rows_of(run.v)), "a mean of squares is below 0")
-        require(len(tensors) == len(weights), "its matrices are not those of its model")
         run.step, run.recent = int(step), list(map(float, recent))
         require(0 <= run.step < 10**12 and all(map(math.isfinite, run.recent)), "its step or losses")
         run.saved = f"step {run.step} is saved in {path}"
@@ -1128,29 +1011,26 @@ def load(path):
 # What does a model make of a text? For each position, --explain shows what the model expected and what came;
 # -log p of that is the loss there, in nats, or with log2 in bits. Then it shows where each head looked: each
 # row of a map is a position, and the shades in it are the shares that it took of the values up to its own.
-# --plot draws the loss, and --trace writes the numbers of every step for other programs.
 
 def explain(run, ids):
-    """Print what a model makes of some tokens, in block characters where standard output has them."""
+    """Print what a model makes of some tokens."""
     shades = "·░▒▓█" if "utf" in (sys.stdout.encoding or "").lower() else ".:+*#"
     names = [repr(token)[1:-1].replace(" ", "_") for token in run.tokenizer.tokens] + ["^"]
-    w, n = {name: FastTensor.wrap(rows) for name, rows in run.weights.items()}, len(ids) - 1
-    logits = run.model(run.config, w, ids[:-1], range(n), [new_cache(run.config)] * n).data
-    shares = [out.shares for out in tape if hasattr(out, "shares")]  # of each layer: those of its heads
-    losses = [Tensor([row]).cross_entropy([target]).data for row, target in zip(logits, ids[1:])]
+    w, n, bit = {name: FastTensor(rows) for name, rows in run.weights.items()}, len(ids) - 1, math.log(2)
+    rows = run.model(run.config, w, ids[:-1], range(n), [new_cache(run.config)] * n).data
+    layers = [out.shares for out in tape if hasattr(out, "shares")]  # of each layer: those of its heads
     tape.clear()
+    draw(rows[-1], 0, 0, None)  # refuses numbers that have overflowed
     print(f"{'token':6}{'next':6}    p   nats   bits the five likeliest (^ is BOS, _ a space)")
-    for token, target, row, loss in zip(ids, ids[1:], logits, losses):
-        draw(row, 0, 0, None)  # refuses overflowed numbers
-        p = probabilities(row)
+    losses = [Tensor([row]).cross_entropy([target]).data for row, target in zip(rows, ids[1:])]
+    for token, target, p, loss in zip(ids, ids[1:], map(probabilities, rows), losses):
         best = sorted(range(len(p)), key=lambda i: (-p[i], i))[:5]
-        guesses = "  ".join(f"{names[i]:>2.2} {p[i]:.3f}" for i in best)
-        facts = f"{p[target]:.3f} {loss:6.3f} {loss / math.log(2):6.3f}"
-        print(f"{names[token]:5.5} {names[target]:5.5} {facts} {guesses}")
-    print(f"{'mean':17} {sum(losses) / n:6.3f} {sum(losses) / n / math.log(2):6.3f}")
-    head, step = "".join(names[i][0] for i in ids[:-1]), max(1, 73 // (n + 1))
-    for layer, first in product(range(run.config.n_layer), range(0, run.config.n_head, step)):
-        some = shares[layer][first : first + step]
+        best = "  ".join(f"{names[i]:>2.2} {p[i]:.3f}" for i in best)
+        print(f"{names[token]:5.5} {names[target]:5.5} {p[target]:.3f} {loss:6.3f} {loss / bit:6.3f} {best}")
+    print(f"{'mean':17} {sum(losses) / n:6.3f} {sum(losses) / n / bit:6.3f}")
+    head, width = "".join(names[i][0] for i in ids[:-1]), max(1, 73 // (n + 1))  # maps side by side
+    for layer, first in product(range(run.config.n_layer), range(0, run.config.n_head, width)):
+        some = layers[layer][first : first + width]
         print(f"\nlayer {layer}, heads {first} to {first + len(some) - 1}: where each row looks, "
               f"from {shades[0]} under 1/8 to {shades[-1]} over 7/8\n{'':7}{' '.join([head] * len(some))}")
         for t, rows in enumerate(zip(*some)):
@@ -1159,84 +1039,68 @@ def explain(run, ids):
 
 STYLE = """<style>svg { color: #333; font: 12px monospace } rect { fill: #fff } text { fill: currentColor }
 path, polyline { fill: none; stroke: currentColor; stroke-width: 1.5 } .grid { stroke-opacity: 0.15 }
-.loss { color: #7a8494; stroke-width: 1 } .mean { color: #2f81f7; stroke-width: 2.5 }
-.validation { color: #e0790b }
+.loss { color: #7a8494; stroke-width: 1 } .mean { color: #2f81f7 } .validation { color: #e0790b }
 @media (prefers-color-scheme: dark) { svg { color: #ddd } rect { fill: #16191d } }</style>"""
 
 def round_ticks(low, high, number):
-    """Return about `number` round values from low to high: multiples of 1, 2 or 5 times a power of ten."""
+    """Return about `number` multiples of 1, 2 or 5 times a power of ten from low to high."""
     power = 10.0 ** math.floor(math.log10((high - low) / number))
     gap = next(unit * power for unit in (1, 2, 5, 10) if unit * power * number >= high - low)
     return [i * gap for i in range(math.ceil(low / gap), math.floor(high / gap) + 1)]
 
 def loss_plot(title, losses, validations):
-    """Return an SVG picture of a training. The points are (step, loss). What is not finite is left out, and
-    what is far above the usual losses runs along the upper edge."""
-    losses, validations = [[(x, y) for x, y in points if abs(y) < 1e99] for points in (losses, validations)]
+    """Return an SVG picture of (step, loss). What is far above the usual runs along the upper edge."""
+    losses, validations = [[(x, y) for x, y in curve if abs(y) < 1e99] for curve in (losses, validations)]
     points = losses + validations or [(0, 0.0)]
     (first, last), usual = (min(points)[0], max(points)[0] + 1), sorted(y for _, y in points)
     high = min(usual[-1], 3 * usual[len(usual) * 9 // 10]) * 1.02 + 1e-6
     low = min(usual[0], high - 1e-3 * abs(high))
+    mean, means = 0.0, []
+    for i, (x, y) in enumerate(losses):  # a running mean over about a thirtieth of the curve
+        mean += (y - mean) / min(i + 1, len(losses) // 30 + 1)
+        means.append((x, mean))
 
     def place(x, y):
         return 70 + 700 * (x - first) / (last - first), 450 - 380 * (min(y, high) - low) / (high - low)
-
     def text(x, y, what, anchor="middle"):
-        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(what)}</text>'
+        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{what}</text>'
 
     svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 500">', STYLE,
            '<rect width="800" height="500"/>', text(420, 25, title), text(420, 490, "step")]
     for y in round_ticks(low, high, 8):
-        svg.append(f'<path class="grid" d="M70,{place(first, y)[1]:.1f}H770"/>')
-        svg.append(text(62, place(first, y)[1] + 4, f"{y:.10g}", "end"))
+        at = place(first, y)[1]
+        svg += [f'<path class="grid" d="M70,{at:.1f}H770"/>', text(62, at + 4, f"{y:.10g}", "end")]
     svg += [text(place(x, low)[0], 470, f"{x:.10g}") for x in round_ticks(first, last, 7) if x % 1 == 0]
-    size, sums, means = len(losses) // 60, [0, *accumulate(y for _, y in losses)], []
-    for i, (x, _) in enumerate(losses):  # each mean is that of a thirtieth of the curve
-        start, end = max(0, i - size), min(len(losses), i + size + 1)
-        means.append((x, (sums[end] - sums[start]) / (end - start)))
-    for i, (name, curve) in enumerate([("loss", losses), ("mean", means), ("validation", validations)]):
+    for x, name, curve in (250, "loss", losses), (370, "mean", means), (490, "validation", validations):
         line = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in curve[:: len(curve) // 2000 + 1])
-        svg.append(f'<polyline class="{name}" points="{line}"/>')
-        svg.append(f'<path class="{name}" d="M{250 + 120 * i},50h24"/>')
-        svg.append(text(280 + 120 * i, 54, name, "start"))
+        svg += [f'<polyline class="{name}" points="{line}"/>', f'<path class="{name}" d="M{x},50h24"/>',
+                text(x + 30, 54, name, "start")]
     return "\n".join([*svg, "</svg>\n"])
 
-def open_trace(path, step):
-    """Open a trace to go on after a step. What an interrupted run wrote beyond it is cut off."""
-    with reporting(f"cannot write {path}"):
-        file = open(path, "a+b" if step else "w+b")
+def cut_trace(path, step):
+    """Cut off what an interrupted run wrote to a trace beyond this step."""
+    with reporting(f"cannot write {path}"), open(path, "a+b" if step else "w+b") as file:
         file.seek(0)
         lines = [line for line in file if line.endswith(b"\n") and json.loads(line)["step"] <= step]
         file.truncate(sum(map(len, lines)))
-    return file
 
-def write_trace(file, run, batch, loss, grads):
+def write_trace(run, batch, loss, grads):
     """Write a line of JSON about the step that has just been made, the numbers in full precision."""
-    squares = {name: sum(sumprod(row, row) for row in rows) for name, rows in grads.items()}
     facts = {"step": run.step, "documents": [run.tokenizer.decode(ids) for ids in batch], "tokens": batch,
              "loss": loss, "learning_rate": learning_rate(run.args, run.step - 1),
-             "gradient_norm": math.sqrt(sum(squares.values()))}
-    if run.step == 1:
-        facts["gradient_squares"] = squares
-    with reporting(f"cannot write {run.args.trace}"):
+             "gradient_norm": norm(grads)}
+    facts |= {"gradients": grads} if run.step == 1 else {}
+    with reporting(f"cannot write {run.args.trace}"), open(run.args.trace, "ab") as file:
         file.write(json.dumps(facts).encode() + b"\n")
-        file.flush()
 
 # 18. The command line -------------------------------------------------------------------------------------
-# Every flag has the reference's value unless it is given. Standard output is the run. If something is wrong,
-# standard error gets one line, and the exit status is 2 for the command line, 128 plus its number for a
-# signal, and 1 for everything else.
-#
-# Sampling as people use it goes on from a prompt, may draw from the k likeliest tokens alone, and has no
-# limit. Positions are learned only up to block_size, so when this window is full, its later half is read
-# again from position 0, and the rest is forgotten.
+# Without flags, everything is as in the reference. If something is wrong, standard error gets one line, and
+# the exit status is 2 for the command line, 128 plus its number for a signal, and 1 for everything else.
 
 def draw(logits, temperature, top_k, rng):
-    """Return a token id, drawn from the top_k likeliest and any ties, or if 0 from all. A temperature of 0
-    takes the likeliest."""
-    if not all(map(math.isfinite, logits)):
-        raise ArithmeticError("the model's numbers have overflowed: train it with a lower --lr")
-    top = max(logits)
+    """Return a token id, one of the top_k likeliest or if 0 of all. Temperature 0 takes the likeliest."""
+    finite, top = all(map(math.isfinite, logits)), max(logits)
+    require(finite, "the model's numbers have overflowed: train it with a lower --lr", ArithmeticError)
     if temperature == 0:
         return logits.index(top)
     least = sorted(logits)[-top_k] if 0 < top_k < len(logits) else -math.inf
@@ -1246,14 +1110,13 @@ def draw(logits, temperature, top_k, rng):
 def generate(run, rng):
     """Return the prompt and what the model adds to it: up to --max-tokens tokens, or until BOS."""
     args, tokenizer, size = run.args, run.tokenizer, run.config.block_size
-    prompt = ([] if args.stream else [tokenizer.bos]) + tokenizer.encode(args.prompt)
-    past = prompt or [tokenizer.ids.get("\n", 0)]
+    past = run.edge + tokenizer.encode(args.prompt) or [tokenizer.ids.get("\n", 0)]
     w, begin, new, position, cache = run.wrap(), len(past), past[:], 0, new_cache(run.config)
     for _ in range(args.max_tokens or size):
-        if position + len(new) > size:
+        if position + len(new) > size:  # read the later half again from position 0, and forget the rest
             new, position, cache = past[-((size + 1) // 2) :], 0, new_cache(run.config)
-        positions = range(position, position + len(new))
-        logits = run.model(run.config, w, new, positions, [cache] * len(new)).data[-1]
+        positions, caches = range(position, position + len(new)), [cache] * len(new)
+        logits = run.model(run.config, w, new, positions, caches).data[-1]
         tape.clear()
         position += len(new)
         new = [draw(logits, args.temperature, args.top_k, rng)]
@@ -1263,84 +1126,62 @@ def generate(run, rng):
     return args.prompt + tokenizer.decode(past[begin:])
 
 def load_corpus(args, rng):
-    """Return the documents to train on, shuffled, and those held out. A stream is one document, its end held
-    out."""
+    """Return the documents to train on, shuffled, and those held out: of a stream, one document, its end."""
     paths, docs = set(), []
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "input.txt")
-    for pattern in args.corpus or ["input.txt" if os.path.exists("input.txt") else beside]:
-        found = [pattern] if os.path.exists(pattern) else islice(glob.iglob(pattern, recursive=True), 10_000)
-        paths.update(map(os.path.normpath, list(found) or [pattern]))
+    default = "input.txt" if os.path.exists("input.txt") else str(Path(__file__).with_name("input.txt"))
+    for pattern in args.corpus or [default]:
+        found = list(islice(glob.iglob(pattern, recursive=True), 10_000))
+        paths.update(map(os.path.normpath, found or [pattern]))
     for path in sorted(paths):
         with reporting(f"cannot read {path}"):
-            kind = os.stat(path).st_mode
-            require(stat.S_ISREG(kind) or stat.S_ISFIFO(kind), "it is not a file")
+            require(not Path(path).is_char_device(), "it is not a file")
             docs += [Path(path).read_text("utf-8-sig")] if args.stream else read_documents(path)
-    docs = ["".join(docs)] if args.stream else docs
-    rng.shuffle(docs)
-    whole = docs[0] if args.stream else docs
+    if not args.stream:
+        rng.shuffle(docs)
+    whole = "".join(docs) if args.stream else docs
     cut = len(whole) - (max(1, round(len(whole) * args.val_fraction)) if args.val_fraction else 0)
-    if cut < 1:
-        raise UserError(f"there is too little text in {', '.join(sorted(paths))[:100]}")
-    docs, held_out = whole[:cut], whole[cut:]
-    return ([docs], [held_out] if held_out else []) if args.stream else (docs, held_out)
-
-def check_characters(tokenizer, text):
-    """Raise a UserError if the model does not know a character of a text."""
-    for char in sorted(set(text) - set(tokenizer.ids)):
-        raise UserError(f"no document has the character {char!r}, so the model cannot know it")
+    require(cut > 0, f"there is too little text in {', '.join(sorted(paths))[:100]}")
+    parts = whole[:cut], whole[cut:]
+    return [[part] if part else [] for part in parts] if args.stream else parts
 
 def prepare(args, run):
-    """Print what there is to learn from. Return the Run, a new one if it is None, the documents to train on
-    as strings of chr(id), and the token lists to validate on."""
+    """Return the Run, a new one if it is None, the documents to train on as strings of chr(id), and at most
+    128 lists of ids to validate on, spread over all that is held out."""
     rng = random.Random(args.seed)
     docs, held_out = load_corpus(args, rng)
     print(f"num docs: {len(docs)}")
     tokenizer = run.tokenizer if run else BPETokenizer(docs + held_out, [])
-    check_characters(tokenizer, set().union(*docs, *held_out))
-    docs = [doc.translate({ord(char): i for char, i in tokenizer.ids.items()}) for doc in docs]
-    if run:
-        docs = tokenizer.merge(BETWEEN.join(docs)).split(BETWEEN)
-    elif args.vocab_size:
-        merges, docs = learn_merges(docs, args.vocab_size, len(tokenizer.tokens))
+    if args.vocab_size and not run:
+        merges = learn_merges(tokenizer.merge(docs), args.vocab_size, len(tokenizer.tokens))
         tokenizer = BPETokenizer(tokenizer.tokens, merges)
         if len(merges) < args.vocab_size:
             warn(f"note: after {len(merges)} merges no pair of tokens occurs twice")
     print(f"vocab size: {tokenizer.vocab_size}")
     run = run or Run(args, tokenizer, rng)
     print(f"num params: {sum(len(row) for (row,) in rows_of(run.weights))}")
-    held_out = held_out_batch(run, held_out)
-    if args.stream and (len(docs[0]) <= args.context or args.val_fraction and not held_out):
-        raise UserError(f"a stream of {len(docs[0])} tokens is too short for a context of {args.context}")
-    check_characters(tokenizer, args.prompt + (args.explain or ""))
+    edge, size = "".join(map(chr, run.edge)), args.context
+    docs, held_out = [[edge + doc + edge for doc in tokenizer.merge(part)] for part in (docs, held_out)]
+    if args.stream:
+        held_out = [doc[i : i + size + 1] for doc in held_out for i in range(0, len(doc) - 1, size)]
+        enough = len(docs[0]) > size and (held_out or not args.val_fraction)
+        require(enough, f"a stream of {len(docs[0])} tokens is too short for a context of {size}")
+    held_out = [list(map(ord, doc[: size + 1])) for doc in held_out[:: -(-len(held_out) // 128) or 1]]
+    tokenizer.encode(args.prompt + (args.explain or ""))  # refuses what the model cannot know
     return run, docs, held_out
 
 def batch_at(run, docs, size):
-    """Return the batch of the next step: the next documents, each between two BOS and cut after block_size +
-    1 tokens; or, of a stream, windows of block_size + 1 tokens from anywhere in it."""
-    length, bos = run.config.block_size + 1, [run.tokenizer.bos]
+    """Return the next batch: documents, cut after block_size + 1 tokens, or pieces of a stream that long."""
+    length = run.config.block_size + 1
     if run.args.stream:
         rng = random.Random(f"{run.args.seed} {run.step}")
         starts = [rng.randrange(len(docs[0]) - length + 1) for _ in range(size)]
-        return [[ord(char) for char in docs[0][start : start + length]] for start in starts]
-    picked = [docs[(run.step * size + i) % len(docs)] for i in range(size)]
-    return [[*bos, *map(ord, doc[:length]), *bos][:length] for doc in picked]
-
-# A model can learn its documents by heart and be no better at any other. Validation tells: it is the loss on
-# documents that were held out of training. When it is far above the training loss, both averaged over the
-# same steps, the model has begun to memorize.
-
-def held_out_batch(run, held_out):
-    """Return the token lists to validate on: at most 128, spread over all that was held out."""
-    size, encode, bos = run.config.block_size, run.tokenizer.encode, [run.tokenizer.bos]
-    if run.args.stream:
-        parts = [ids[start:] for ids in map(encode, held_out) for start in range(0, len(ids) - 1, size)]
+        windows = [docs[0][start : start + length] for start in starts]
     else:
-        parts = [bos + encode(doc) + bos for doc in held_out]
-    return [ids[: size + 1] for ids in parts[:: -(-len(parts) // 128) or 1]]
+        windows = [docs[(run.step * size + i) % len(docs)][:length] for i in range(size)]
+    return [list(map(ord, window)) for window in windows]
 
 def validate(run, held_out):
-    """Print the losses of training and validation, and return the latter. Warn, or stop the run, if they
-    part."""
+    """Print the mean losses of training and validation, and return the latter. Warn or stop if they part."""
     args, total, w = run.args, 0.0, run.wrap()
     for ids in held_out:  # one at a time, to save memory
         total += mean_loss(run.config, w, [ids], run.model).data * (len(ids) - 1)
@@ -1348,45 +1189,34 @@ def validate(run, held_out):
     loss, validation = sum(run.recent) / len(run.recent), total / count_predictions(held_out)
     run.recent.clear()
     print(f"step {run.step:4d} / {args.steps:4d} | loss {loss:.4f} on average | validation {validation:.4f}")
-    above = (validation / max(loss, 1e-9) - 1) * 100
+    above = (validation / max(loss, 1e-9) - 1) * 100  # much of it shows that the model has begun to memorize
     message = f"at step {run.step} the validation loss is {above:.0f} % above the training loss"
-    if args.div_crit is not None and above > args.div_crit:
-        raise UserError(message)
+    require(args.div_crit is None or above <= args.div_crit, message)
     if above > (20 if args.div_warn is None else args.div_warn):
         warn(f"warning: {message}")
     return validation
-
-def update(run, loss, grads):
-    """Move the weights by one step."""
-    args, lr = run.args, learning_rate(run.args, run.step)
-    if not math.isfinite(loss):
-        raise ArithmeticError(f"the loss of step {run.step + 1} is {loss}: try a lower --lr")
-    settings = {name: getattr(args, name) for name in ("beta1", "beta2", "eps", "weight_decay")}
-    grads = clip(grads, args.clip_grad) if args.clip_grad else grads
-    OPTIMIZERS[args.optimizer](run.weights, grads, run.m, run.v, run.step, lr, **settings)
-    run.step += 1
-
-def progress(done, seconds, args, step):
-    """Show the speed and the time left, to the right of the loss."""
-    left, column = round(seconds / done * (args.steps - step)), 26 + 2 * max(4, len(str(args.steps)))
-    text = f"{done / seconds:.3g} steps/s, {left // 60}:{left % 60:02d} left"
-    print(f"\x1b[{column}C{text}\x1b[K", end="\r", file=sys.stderr)
 
 def train(run, docs, held_out, signals):
     """Train to the last step or a signal. Whatever stops it, the last good step is saved."""
     args, first, begin, losses, validations = run.args, run.step, time.monotonic(), [], []
     workers = Workers(args.workers, ENGINES[args.engine], run.model)
-    trace = open_trace(args.trace, run.step) if args.trace else None
+    if args.trace:
+        cut_trace(args.trace, run.step)
     signals.training = True
     try:
         while run.step < args.steps and not signals.caught:
             batch = batch_at(run, docs, args.batch_size)
             loss, grads = workers.loss_and_grads(run.config, run.weights, batch)
             print(f"step {run.step + 1:4d} / {args.steps:4d} | loss {loss:.4f}", end="\r")
-            update(run, loss, grads)
+            if not math.isfinite(loss):
+                raise ArithmeticError(f"the loss of step {run.step + 1} is {loss}: try a lower --lr")
+            clipped = clip(grads, args.clip_grad) if args.clip_grad else grads
+            settings = {**vars(args), "lr": learning_rate(args, run.step)}
+            OPTIMIZERS[args.optimizer](run.weights, clipped, run.m, run.v, run.step, **settings)
+            run.step += 1
             losses.append((run.step, loss))
-            if trace:
-                write_trace(trace, run, batch, loss, grads)
+            if args.trace:
+                write_trace(run, batch, loss, grads)
             if held_out:
                 run.recent.append(loss)
                 if run.step % args.eval_every == 0 or run.step == args.steps:
@@ -1399,82 +1229,65 @@ def train(run, docs, held_out, signals):
                 except UserError as error:  # such as a full disk; the next time may be better
                     warn(f"warning: {error}")
             if sys.stderr.isatty():
-                progress(run.step - first, time.monotonic() - begin, args, run.step)
-        if run.step > first or args.save != args.resume:
-            run.save()
+                rate = (run.step - first) / (time.monotonic() - begin)
+                left = round((args.steps - run.step) / rate)
+                text = f"\x1b[40C{rate:.3g} steps/s, {left // 60}:{left % 60:02d} left\x1b[K"
+                print(text, end="\r", file=sys.stderr)  # to the right of the loss
+        run.save()
     except (RuntimeError, OSError, MemoryError):
         run.save()
         raise
     finally:
         workers.stop()
-        if trace:
-            with suppress(OSError):  # it has been reported
-                trace.close()
         if args.plot:
-            with replacing(args.plot) as file:
-                file.write(loss_plot(f"microgpt, {run.step} steps", losses, validations).encode())
+            replace_file(args.plot, [loss_plot(f"microgpt, {run.step} steps", losses, validations).encode()])
     signals.training = False
     if signals.caught:
         raise KeyboardInterrupt
 
-class UsageError(UserError):
-    """A mistake on the command line."""
-    status = 2
-
+class UsageError(UserError): status = 2
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises its errors."""
-    def error(self, message):
-        raise UsageError(message if len(message) < 160 else message[:100] + "...")
+    def error(self, message): raise UsageError(message if len(message) < 160 else message[:100] + "...")
+def warn(message): print(f"microgpt: {message}", file=sys.stderr)
 
-def warn(message):
-    """Print a line about something that does not end the run."""
-    print(f"microgpt: {message}", file=sys.stderr)
-
-def number(kind, low, high):
-    """Return an argparse type: a number n with low <= n < high."""
-    def parse(text):
-        with suppress(ValueError):
-            if low <= kind(text) < high:
-                return kind(text)
-        what = f"must be a {'whole ' * (kind is int)}number from {low} to below {high:g}, not {text[:100]!r}"
-        raise argparse.ArgumentTypeError(what)
-    return parse
+def number(kind, low, high, text):
+    """Return the number in a text. Raises ArgumentTypeError unless low <= number < high."""
+    with suppress(ValueError):
+        if low <= kind(text) < high:
+            return kind(text)
+    what = "a whole number" if kind is int else "a number"
+    raise argparse.ArgumentTypeError(f"must be {what} from {low} to below {high:g}, not {text[:100]!r}")
 
 # The type of a flag, by the word that stands for its value in the table.
-KINDS = {"N": number(int, 0, 10**12), "COUNT": number(int, 1, 10**9), "MERGES": number(int, 0, 10**5),
-         "SEED": number(int, -(10**12), 10**12), "X": number(float, 0, math.inf),
-         "PCT": number(float, 0, math.inf), "SHARE": number(float, 0, 1),
-         "TINY": number(float, 1e-20, math.inf),
-         "LIST": lambda text: [KINDS["COUNT"](part) for part in text.split(",")]}
-CHOICES = {"ARCH": list(MODELS), "OPTIMIZER": list(OPTIMIZERS), "ENGINE": list(ENGINES),
-           "SCHEDULE": ["linear", "cosine", "constant"]}
+KINDS = {"N": (int, 0, 10**12), "COUNT": (int, 1, 10**9), "SHARE": (float, 0, 1), "X": (float, 0, math.inf),
+         "TINY": (float, 1e-20, math.inf)}
 FLAGS = """
 data     --corpus GLOB                    | text files, a document per line; repeatable (input.txt)
          --stream                         | the corpus is one continuous text, not lines
-         --vocab-size --merges MERGES     | byte-pair merges to learn, 0: characters only = 0
+         --vocab-size --merges N          | byte-pair merges to learn, 0: characters only = 0
 model    --layers --n-layer COUNT         | how many layers = 1
          --d-model --n-embd COUNT         | width: channels per position = 16
          --heads --n-head COUNT           | attention heads per layer = 4
          --context --block-size COUNT     | how many tokens the model can see = 16
-         --arch ARCH                      | gpt2: with LayerNorm, biases, GELU = microgpt
+         --arch microgpt|gpt2             | gpt2: with LayerNorm, biases, GELU = microgpt
 training --steps N                        | total training steps = 1000
          --batch-size COUNT               | documents per step = 1
-         --optimizer OPTIMIZER            | what moves the weights = adam
+         --optimizer sgd|momentum|rmsprop|adam|adamw | what moves the weights = adam
          --lr X                           | the learning rate at its highest = 0.01
          --beta1 SHARE                    | how long it remembers gradients = 0.85
          --beta2 SHARE                    | how long it remembers their squares = 0.99
          --eps TINY                       | keeps it from dividing by 0 = 1e-08
          --weight-decay X                 | adamw: how hard it pulls weights to 0 = 0.01
-         --schedule SCHEDULE              | how the learning rate falls = linear
-         --cosine                         | short for --schedule=cosine
+         --schedule linear|cosine|constant | how the learning rate falls = linear
+         --cosine                         | --schedule cosine
          --warmup-steps N                 | steps in which it rises first = 0
          --clip-grad X                    | the largest norm allowed for all gradients together, 0: any = 0
-         --no-clip-grad                   | short for --clip-grad=0
-         --seed SEED                      | seed of the random generator = 42
+         --no-clip-grad                   | --clip-grad 0
+         --seed N                         | seed of the random generator = 42
 watching --val-fraction SHARE             | share of the corpus to hold out for validation = 0
          --eval-every COUNT               | validate every COUNT steps = 100
-         --div-warn PCT                   | warn if the validation loss is PCT %% above training (20)
-         --div-crit PCT                   | stop if it is PCT %% above training
+         --div-warn X                     | warn if the validation loss is X %% above training (20)
+         --div-crit X                     | stop if it is X %% above training
          --gen-every COUNT                | show a sample every COUNT steps
          --plot FILE.svg                  | draw the loss
          --trace FILE.jsonl               | write a line of numbers for every step
@@ -1487,60 +1300,57 @@ sampling --samples N                      | how many samples = 20
          --top-k N                        | draw from the N likeliest tokens, 0: from all = 0
          --prompt TEXT                    | what every sample begins with
          --max-tokens COUNT               | at most COUNT new tokens per sample (the context)
-engine   --engine ENGINE                  | scalar: part one alone; vulkan: on the GPU = tensor
-         --vulkan                         | short for --engine=vulkan
+engine   --engine scalar|tensor|vulkan    | scalar: part one alone; vulkan: on the GPU = tensor
+         --vulkan                         | --engine vulkan
          --workers COUNT                  | processes to share each batch = 1
-         --autotune                       | train nothing, but find the fastest settings
-         --batch-sizes LIST               | batch sizes to try (1,4,16)
-         --worker-counts LIST             | worker counts to try (1,2,4, ... up to the number of cores)
 """
-# A checkpoint fixes the first group and does not keep the second.
-FIXED = "layers", "d_model", "heads", "context", "arch", "vocab_size", "stream"
-THIS_TIME = "save", "resume", "plot", "trace", "explain", "autotune", "batch_sizes", "worker_counts"
+FIXED = "layers", "d_model", "heads", "context", "arch", "vocab_size", "stream"  # by a checkpoint
+THIS_TIME = "save", "resume", "plot", "trace", "explain"  # and not kept in one
 
 def make_parser():
     """Return the parser of the flags."""
-    about = "Train a GPT on a text and sample from it. Without flags it does what the reference does."
-    parser = Parser(prog="microgpt", usage="%(prog)s [flags]", description=about, allow_abbrev=False)
-    for line in FLAGS.strip().split("\n"):
+    parser = Parser(prog="microgpt", usage="%(prog)s [flags]", allow_abbrev=False)
+    for line in FLAGS.strip().splitlines():
         names, _, help = line.partition(" | ")
         names, (help, _, default) = names.split(), help.partition(" = ")
-        if not line.startswith(" "):
+        if line[0] != " ":
             group = parser.add_argument_group(names.pop(0))
-        if "=" in help:  # short for another flag with some value
-            name, value = help[len("short for --") :].split("=")
-            more = {"dest": name.replace("-", "_"), "const": float(value) if value == "0" else value}
-            group.add_argument(*names, action="store_const", help=help, **more)
-        elif len(names) == 1:
-            group.add_argument(*names, action="store_true", help=help)
+        word = "" if names[-1].startswith("-") else names.pop()
+        if help.startswith("--"):  # short for another flag with some value
+            name, value = help[2:].split()
+            help, const = f"short for {help}", float(value) if value == "0" else value
+            more = {"action": "store_const", "dest": name.replace("-", "_"), "const": const}
+        elif not word:
+            more = {"action": "store_true"}
+        elif "|" in word:
+            more = {"choices": word.split("|")}
         else:
-            *names, word = names
-            more = {"choices": CHOICES.get(word)} if word in CHOICES else {"metavar": word}
-            more |= {"action": "append"} if word == "GLOB" else {"type": KINDS.get(word, str)}
-            help += f" ({default})" if default else ""
-            group.add_argument(*names, help=help, default=default or None, **more)
+            kind = partial(number, *KINDS[word]) if word in KINDS else str
+            more = {"type": kind, "metavar": word, "action": "append" if word == "GLOB" else None}
+        help += f" ({default})" if default else ""
+        group.add_argument(*names, help=help, default=default or None, **more)
     parser.set_defaults(prompt="")
     return parser
 
 def as_argv(args):
-    """Return the command line for these flags, except those that are not saved."""
+    """Return the command line for the flags that a checkpoint keeps."""
     out = []
     for name, value in vars(args).items():
         for each in value if isinstance(value, list) else [value]:
-            if name not in THIS_TIME and each is not None and each is not False:
+            if each is not None and name not in THIS_TIME:
                 out.append(f"--{name.replace('_', '-')}" + ("" if each is True else f"={each}"))
     return out
 
 def parse_args(argv):
-    """Return the flags, and with --resume the Run in that file, or None. Saved flags hold unless given
-    anew."""
+    """Return the flags, and the Run to resume or None. Saved flags hold unless given anew."""
     parser, run = make_parser(), None
     args = parser.parse_args(argv)
     if args.resume is not None:
         run, corpus = load(args.resume), args.corpus
         parser.set_defaults(**vars(run.args))
         args = parser.parse_args(argv)
-        args.corpus, args.save = corpus or run.args.corpus, args.save or args.resume
+        args.corpus = corpus or run.args.corpus
+        args.save = args.save or (args.resume if run.step < args.steps else None)
         for name in FIXED:
             new, old = getattr(args, name), getattr(run.args, name)
             if new != old:
@@ -1549,50 +1359,26 @@ def parse_args(argv):
             warn(f"note: {args.optimizer} starts anew, without the running means of {run.args.optimizer}")
             run.m, run.v = zeros(run.weights), zeros(run.weights)
         run.args = args
-    check(args, run)
+    check(args)
     return args, run
 
-def check(args, run):
+def check(args):
     """Refuse flags that do not go together, and files that cannot be written: better now than after hours."""
-    if args.d_model % args.heads:
-        raise UsageError(f"--heads {args.heads} does not divide --d-model {args.d_model}")
-    if args.layers * 12 * args.d_model**2 + args.context * args.d_model > 10**9:
-        raise UsageError("a model of more than a billion weights is too large for this program")
-    if args.workers > args.batch_size:
-        raise UsageError(f"--workers {args.workers} is more than --batch-size {args.batch_size}")
+    heads, width, workers, size = args.heads, args.d_model, args.workers, args.batch_size
+    require(width % heads == 0, f"--heads {heads} does not divide --d-model {width}", UsageError)
+    total = args.layers * 12 * width**2 + args.context * width
+    require(total <= 10**9, "a model of more than a billion weights is too large", UsageError)
+    require(workers <= size, f"--workers {workers} is more than --batch-size {size}", UsageError)
     if (args.div_warn, args.div_crit) != (None, None):
         args.val_fraction = args.val_fraction or 0.1
     if args.save and os.path.exists(args.save) and args.save != args.resume:
         load(args.save)  # only a checkpoint is replaced
-    writes = not run or args.save != args.resume or run.step < args.steps
     for name, end in ("save", ""), ("plot", ".svg"), ("trace", ".jsonl"):
-        path = getattr(args, name) if writes or name != "save" else None
-        if path is not None and (not path.endswith(end) or os.path.isdir(os.path.realpath(path))):
-            raise UsageError(f"--{name} needs a file{end and f' *{end}'}, not {path[:100]!r}")
-        if path is not None and not os.access(os.path.dirname(os.path.realpath(path)), os.W_OK):
-            raise UserError(f"cannot save {path[:100]}: nothing can be written in its folder")
-
-# The fastest settings depend on the machine and on the model, so --autotune tries them, each for a moment.
-
-def autotune(run, docs, seconds=30):
-    """Print the tokens a second for batch sizes and numbers of workers, and the flags for the best."""
-    args, speeds = run.args, {}
-    counts = args.worker_counts or [2**i for i in range((os.cpu_count() or 1).bit_length())]
-    choices = [(size, n) for size in args.batch_sizes or [1, 4, 16] for n in counts if n <= size]
-    if not choices:
-        raise UsageError("--autotune has nothing to try: a worker needs a document of the batch")
-    print("batch size  workers  tokens/s")
-    for size, n in choices:
-        workers, batch, times = Workers(n, ENGINES[args.engine], run.model), batch_at(run, docs, size), []
-        try:
-            while len(times) < 3 or times[-1] - times[1] < seconds / len(choices):  # the first only warms up
-                workers.loss_and_grads(run.config, run.weights, batch)
-                times.append(time.perf_counter())
-        finally:
-            workers.stop()
-        speeds[size, n] = count_predictions(batch) * (len(times) - 2) / (times[-1] - times[1])
-        print(f"{size:10d} {n:8d} {speeds[size, n]:9.0f}", flush=True)
-    print("the fastest: --batch-size {} --workers {}".format(*max(speeds, key=speeds.get)))
+        if (path := getattr(args, name)) is not None:
+            is_file = path and path.endswith(end) and not os.path.isdir(path)
+            require(is_file, f"--{name} needs a file{end and f' *{end}'}, not {path[:100]!r}", UsageError)
+            writable = os.access(os.path.dirname(os.path.realpath(path)), os.W_OK)
+            require(writable, f"cannot save {path[:100]}: nothing can be written in its folder")
 
 class Signals:
     """In training, the first signal lets the step end; any other ends the run at once."""
@@ -1609,66 +1395,56 @@ class Signals:
 
 def show(run):
     """Print the samples and what --explain asks for."""
-    args, edge = run.args, [] if run.args.stream else [run.tokenizer.bos]
+    args = run.args
     print()
     if args.samples:
         print(f"--- inference (new, hallucinated {'text' if args.stream else 'names'}) ---")
     for i in range(args.samples):
         print(f"sample {i + 1:2d}: {generate(run, run.rng)}")
     if args.explain is not None:
-        ids = edge + run.tokenizer.encode(args.explain) + edge
-        if len(ids) < 2:
-            raise UserError("--explain needs two tokens at least")
+        ids = run.edge + run.tokenizer.encode(args.explain) + run.edge
+        require(len(ids) > 1, "--explain needs two tokens at least")
         explain(run, ids[: args.context + 1])
 
-def main(argv=None):
+def main(argv=None, signals=Signals()):
     """Run the command line. Returns its exit status."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # None: closed from the start
-        if hasattr(stream, "reconfigure"):  # a character that a terminal lacks must not end a run
-            stream.reconfigure(errors="backslashreplace")
-        setattr(sys, name, stream)
-    run, message, status, signals, handlers, collecting = None, "", 1, Signals(), {}, gc.isenabled()
-    if threading.current_thread() is threading.main_thread():  # only it can handle signals
-        caught = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]  # as by nohup
-        handlers = {number: signal.signal(number, signals.catch) for number in caught}
-    stop_collector()
+    run, message, status = None, "", 1
     try:
         try:
             args, run = parse_args(argv)
             run, docs, held_out = prepare(args, run)
-            if args.autotune:
-                autotune(run, docs)
-            else:
-                train(run, docs, held_out, signals)
-                show(run)
+            train(run, docs, held_out, signals)
+            show(run)
+            status = 0
         finally:
             sys.stdout.flush()
-        status = 0
     except KeyboardInterrupt:
         message, status = f"interrupted: {run.saved if run else 'nothing was saved'}", 128 + signals.caught
-    except (RuntimeError, ArithmeticError) as error:
-        message, status = f"error: {error}", getattr(error, "status", 1)
-    except MemoryError:
-        message = "error: there is not enough memory for this corpus and model"
+    except (RuntimeError, ArithmeticError, MemoryError) as error:
+        message, status = f"error: {error or 'there is not enough memory'}", getattr(error, "status", 1)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again on exit
         if not isinstance(error, BrokenPipeError):  # whoever read the output has gone, as `head` does
-            message = f"error: cannot write the output: {error.strerror}"
+            message, status = f"error: cannot write the output: {error.strerror}", 1
     if message:
-        message += f"; {run.saved}" if run and args.save and status == 1 else ""
+        message += f"; {run.saved}" if run and status == 1 else ""
+        printable = "".join(char if char.isprintable() else " " for char in message)
         with suppress(OSError):
-            printable = "".join(char if char.isprintable() else " " for char in message)
             print("\n" * sys.stderr.isatty() + f"microgpt: {printable}", file=sys.stderr, flush=True)
     tape.clear()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if collecting:
-        gc.enable()
     return status
 
 if __name__ == "__main__":
-    exit_status = main()
-    if threading.active_count() > 1:  # threads of the pool may wait for dead workers forever
+    caller = Signals()
+    for name in "stdout", "stderr":
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # None: closed from the start
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # a terminal may lack a character
+    for stop in STOPS:
+        if signal.getsignal(stop) is not signal.SIG_IGN:  # as by nohup
+            signal.signal(stop, caller.catch)
+    if sys.implementation.name != "pypy":  # where nothing else frees memory
+        gc.disable()  # there are no reference cycles
+    exit_status = main(None, caller)
+    if threading.active_count() > 1:  # a thread of the pool may wait for dead workers forever
         os._exit(exit_status)
     sys.exit(exit_status)
