@@ -716,7 +716,7 @@ class Workers:
     def __init__(self, n, engine, model=gpt):
         self.n, self.engine, self.model, self.others = n, engine, model, threading.enumerate()
         if n > 1:
-            context = multiprocessing.get_context("spawn" if engine is VulkanTensor else None)  # no GPU is forked
+            context = multiprocessing.get_context("spawn" if engine is VulkanTensor else None)  # not forked
             self.pool = concurrent.futures.ProcessPoolExecutor(n, context, start_worker)
             self.pool._safe_to_dynamically_spawn_children = False  # PyPy's pool lacks what it would call
 
