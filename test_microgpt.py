@@ -1576,7 +1576,7 @@ DEFAULTS = "--vocab-size 0 --layers 1 --d-model 16 --heads 4 --context 16 --arch
            "--batch-size 1 --optimizer adam --lr 0.01 --beta1 0.85 --beta2 0.99 --eps 1e-08 --workers 1 " \
            "--weight-decay 0.01 --schedule linear --warmup-steps 0 --clip-grad 0 --seed 42 --engine tensor " \
            "--val-fraction 0 --eval-every 100 --save-every 500 --samples 20 --temperature 0.5 --top-k 0"
-NO_FLAGS = {"corpus": "input.txt", "div-warn": "20", "max-tokens": "the context"}  # defaults that are no flags
+NO_FLAGS = {"corpus": "input.txt", "div-warn": "20", "max-tokens": "the context"}  # are no flags
 SIZES = "--layers --d-model --heads --context --batch-size --max-tokens --workers --save-every".split()
 NUMBERS = "--lr --temperature --clip-grad --weight-decay --div-warn --div-crit".split()
 REFUSALS = [  # status, pattern of the one line of error, flags
