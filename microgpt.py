@@ -759,11 +759,11 @@ from itertools import islice, product
 from pathlib import Path
 
 # 14. GPT-2 as published -----------------------------------------------------------------------------------
-# Part one has the lean layers of the reference. GPT-2 (Radford et al. 2019; --arch gpt2) differs in four
-# ways. LayerNorm (Ba, Kiros, Hinton 2016) replaces RMSNorm: it also subtracts the mean of each row, and then
-# each channel has a learned factor, the gain, and a learned offset, the bias. Each linear layer has a bias,
-# too. The activation is GELU, a ReLU with a soft knee. And the extra norm stands at the end, not first. A
-# gain or a bias is a matrix with one row, which embed() repeats for every position.
+# GPT-2 (Radford et al. 2019; --arch gpt2) differs from part one. LayerNorm (Ba, Kiros, Hinton 2016) replaces
+# RMSNorm: it also subtracts the mean of each row, and then each channel has a learned factor, the gain, and a
+# learned offset, the bias. Each linear layer has a bias, too. The activation is GELU, a ReLU with a soft
+# knee. The extra norm stands at the end. And wte serves as lm_head, so it gets the gradients of both uses.
+# Dropout is left out. A gain or a bias is a matrix with one row; embed() repeats it for every position.
 
 # y = x - mean. Every x lowers its whole row by 1/n of itself, so the gradient loses its mean, too.
 def center(rows):
@@ -774,7 +774,7 @@ def center(rows):
 # y = x z, number by number: the slope to each is the other.
 def multiply(x, z): return [[a * b for a, b in zip(*rows)] for rows in zip(x, z)]
 
-def multiply_tensors(x, z):
+def multiply_tensor(x, z):
     def rule(g):
         x.receive(multiply(g, z.data))
         z.receive(multiply(g, x.data))
@@ -796,28 +796,31 @@ def gelu_tensor(x):
     slopes = [[slope for _, slope in row] for row in results]
     return x.result([[y for y, _ in row] for row in results], lambda g: x.receive(multiply(g, slopes)))
 
-Matrix.center = lambda x: Matrix(center(x.rows))
-Tensor.center = lambda x: x.result(center(x.data), lambda g: x.receive(center(g)))
-Matrix.__mul__ = lambda x, z: Matrix(multiply(x.rows, z.rows))
-Tensor.__mul__ = multiply_tensors
+def center_tensor(x): return x.result(center(x.data), lambda g: x.receive(center(g)))
+
+Matrix.center, Tensor.center = lambda x: Matrix(center(x.rows)), center_tensor
+Matrix.__mul__, Tensor.__mul__ = lambda x, z: Matrix(multiply(x.rows, z.rows)), multiply_tensor
 Matrix.gelu, Tensor.gelu = gelu_matrix, gelu_tensor
 
 def gpt2_shapes(config):
     """Return name -> (rows, columns) of each matrix. The gains of the norms are called ln1, ln2 and ln_f."""
     out = shapes(config)
-    linear = [name for name in out if name not in ("wte", "wpe")]
+    del out["lm_head"]
+    for name, (rows, _) in list(out.items())[2:]:  # not of the embeddings
+        out[name + ".bias"] = 1, rows
     for name in [f"layer{i}.{norm}" for i in range(config.n_layer) for norm in ("ln1", "ln2")] + ["ln_f"]:
         out[name] = out[name + ".bias"] = 1, config.n_embd
-    for name in linear:
-        out[name + ".bias"] = 1, out[name][0]
     return out
 
 def gpt2_weights(config, rng):
-    """Return initial weights: the matrices as in part one, gains of 1 and biases of 0."""
-    weights = initial_weights(config, rng)
-    for name, (_, width) in gpt2_shapes(config).items():
-        if name not in weights:
-            weights[name] = [[0.0 if name.endswith(".bias") else 1.0] * width]
+    """Return initial weights, smaller where their results are added to x: there are 2 n_layer such layers."""
+    weights = {}
+    for name, (rows, columns) in gpt2_shapes(config).items():
+        scale = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith(("attn_wo", "mlp_fc2")) else 0.02
+        if name.endswith(".bias") or "ln" in name:
+            weights[name] = [[0.0 if name.endswith(".bias") else 1.0] * columns]
+        else:
+            weights[name] = [[rng.gauss(0, scale) for _ in range(columns)] for _ in range(rows)]
     return weights
 
 def gpt2(config, w, ids, positions, caches):
@@ -834,7 +837,7 @@ def gpt2(config, w, ids, positions, caches):
         x = x + linear(found, layer + "attn_wo")
         hidden = linear(layernorm(x, layer + "ln2"), layer + "mlp_fc1").gelu()  # rows x 4 n_embd
         x = x + linear(hidden, layer + "mlp_fc2")
-    return linear(layernorm(x, "ln_f"), "lm_head")
+    return layernorm(x, "ln_f").linear(w["wte"])
 
 MODELS = {"microgpt": (gpt, shapes, initial_weights), "gpt2": (gpt2, gpt2_shapes, gpt2_weights)}
 
@@ -959,6 +962,12 @@ class Run:
         self.step, self.recent, self.saved = 0, [], "nothing was saved"  # recent: losses since a validation
     def wrap(self): return {name: ENGINES[self.args.engine].wrap(w) for name, w in self.weights.items()}
 
+    def facts(self):
+        """Return what describes the run, beside its numbers."""
+        values = (as_argv(self.args), "".join(self.tokenizer.ids), self.tokenizer.merges, self.step,
+                  self.recent, self.rng.getstate(), vars(self.config))
+        return dict(zip([*self.FIELDS, "config"], values))
+
     def save(self):
         """Write the checkpoint, if there is to be one. Raises ArithmeticError if it would be useless."""
         if self.args.save is None:
@@ -968,11 +977,8 @@ class Run:
             tensors |= {"optimizer.m." + name: self.m[name], "optimizer.v." + name: self.v[name]}
         if not all(all(map(math.isfinite, row)) for (row,) in rows_of(tensors)):
             raise ArithmeticError(f"the weights have overflowed at step {self.step}: try a lower --lr")
-        characters, merges = "".join(self.tokenizer.ids), self.tokenizer.merges
-        values = as_argv(self.args), characters, merges, self.step, self.recent, self.rng.getstate()
-        metadata = {name: json.dumps(value) for name, value in zip(self.FIELDS, values)}
-        metadata |= {"format": "pt", "config": json.dumps(vars(self.config))}  # for other programs
-        write_safetensors(self.args.save, tensors, metadata)
+        metadata = {name: json.dumps(value) for name, value in self.facts().items()}
+        write_safetensors(self.args.save, tensors, {"format": "pt", **metadata})
         self.saved = f"step {self.step} is saved in {self.args.save}"
 
 def load(path):
@@ -1077,20 +1083,27 @@ def loss_plot(title, losses, validations):
                 text(x + 30, 54, name, "start")]
     return "\n".join([*svg, "</svg>\n"])
 
-def cut_trace(path, step):
-    """Cut off what an interrupted run wrote to a trace beyond this step."""
-    with reporting(f"cannot write {path}"), open(path, "a+b" if step else "w+b") as file:
+def begin_trace(path, run):
+    """Write the first line of a trace, or cut off what an interrupted run wrote beyond its last save."""
+    with reporting(f"cannot write {path}"), open(path, "a+b" if run.step else "w+b") as file:
         file.seek(0)
-        lines = [line for line in file if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+        lines = [line for line in file if line.endswith(b"\n") and json.loads(line)["step"] <= run.step]
         file.truncate(sum(map(len, lines)))
+        if not lines:
+            facts = {**run.facts(), "bos": run.tokenizer.bos, "weights": run.weights}
+            file.write(json.dumps(facts).encode() + b"\n")
 
-def write_trace(run, batch, loss, grads):
-    """Write a line of JSON about the step that has just been made, the numbers in full precision."""
-    facts = {"step": run.step, "documents": [run.tokenizer.decode(ids) for ids in batch], "tokens": batch,
-             "loss": loss, "learning_rate": learning_rate(run.args, run.step - 1),
-             "gradient_norm": norm(grads)}
-    facts |= {"gradients": grads} if run.step == 1 else {}
-    with reporting(f"cannot write {run.args.trace}"), open(run.args.trace, "ab") as file:
+def write_trace(path, run, batch, loss, grads):
+    """Write a line of JSON about the step that is to be made, the numbers in full precision."""
+    facts = {"step": run.step + 1, "documents": [run.tokenizer.decode(ids) for ids in batch], "tokens": batch,
+             "loss": loss, "learning_rate": learning_rate(run.args, run.step), "gradient_norm": norm(grads)}
+    if run.step == 0:
+        w = {name: FastTensor(rows) for name, rows in run.weights.items()}
+        mean_loss(run.config, w, batch, run.model)
+        names = [out.rule.__qualname__.split(".<")[0].split(".")[-1] for out in tape]  # of the operations
+        facts |= {"gradients": grads, "operations": [[n, out.data] for n, out in zip(names, tape)]}
+        tape.clear()
+    with reporting(f"cannot write {path}"), open(path, "ab") as file:
         file.write(json.dumps(facts).encode() + b"\n")
 
 # 18. The command line -------------------------------------------------------------------------------------
@@ -1201,7 +1214,7 @@ def train(run, docs, held_out, signals):
     args, first, begin, losses, validations = run.args, run.step, time.monotonic(), [], []
     workers = Workers(args.workers, ENGINES[args.engine], run.model)
     if args.trace:
-        cut_trace(args.trace, run.step)
+        begin_trace(args.trace, run)
     signals.training = True
     try:
         while run.step < args.steps and not signals.caught:
@@ -1210,13 +1223,13 @@ def train(run, docs, held_out, signals):
             print(f"step {run.step + 1:4d} / {args.steps:4d} | loss {loss:.4f}", end="\r")
             if not math.isfinite(loss):
                 raise ArithmeticError(f"the loss of step {run.step + 1} is {loss}: try a lower --lr")
+            if args.trace:
+                write_trace(args.trace, run, batch, loss, grads)
             clipped = clip(grads, args.clip_grad) if args.clip_grad else grads
             settings = {**vars(args), "lr": learning_rate(args, run.step)}
             OPTIMIZERS[args.optimizer](run.weights, clipped, run.m, run.v, run.step, **settings)
             run.step += 1
             losses.append((run.step, loss))
-            if args.trace:
-                write_trace(run, batch, loss, grads)
             if held_out:
                 run.recent.append(loss)
                 if run.step % args.eval_every == 0 or run.step == args.steps:

@@ -91,7 +91,8 @@ class Test(unittest.TestCase):
             return file.read()
 
     def trace(self, name="run.jsonl"):
-        return [json.loads(line) for line in self.content(name).splitlines()]
+        """The lines of a trace that are of a step: all but the first."""
+        return [json.loads(line) for line in self.content(name).splitlines()[1:]]
 
     def weights(self, name="run"):
         tensors, _ = microgpt.read_safetensors(name)
@@ -358,7 +359,8 @@ def by_hand(weights, ids, n_head):
             hidden = linear(f"layer{layer}.mlp_fc1", norm(f"layer{layer}.ln2", x))
             hidden = [gelu(a) if gpt2 else max(0, a) for a in hidden]
             x = [a + b for a, b in zip(x, linear(f"layer{layer}.mlp_fc2", hidden))]
-        out.append(linear("lm_head", norm("ln_f", x) if gpt2 else x))
+        x = norm("ln_f", x) if gpt2 else x
+        out.append([sum(map(mul, row, x)) for row in weights["wte" if gpt2 else "lm_head"]])
     return out, maps
 
 class TestGPT(Test):
@@ -369,14 +371,21 @@ class TestGPT(Test):
         loss, _ = microgpt.loss_and_grads(config, weights, docs, Tensor)
         self.assertAlmostEqual(loss, 3.140505474484, 11)
 
-    def test_a_gpt2_begins_with_gains_of_1_biases_of_0_and_the_matrices_of_part_one(self):
-        for arch in ("microgpt", "gpt2"):
-            self.printed(f"--steps 0 --samples 0 --layers 2 --d-model 4 --arch {arch} --save {arch}")
-        lean, full = self.weights("microgpt"), self.weights("gpt2")
-        gains = [f"layer{i}.ln{j}" for i in (0, 1) for j in (1, 2)] + ["ln_f"]
-        biases = {name + ".bias": [[0.0] * len(lean[name])] for name in lean if name not in ("wte", "wpe")}
-        biases.update({name + ".bias": [[0.0] * 4] for name in gains})
-        self.assertEqual(full, {**lean, **biases, **{name: [[1.0] * 4] for name in gains}})
+    def test_a_gpt2_begins_as_published(self):
+        self.printed("--steps 0 --samples 0 --layers 2 --d-model 64 --arch gpt2 --save run")
+        weights = self.weights()
+        self.assertNotIn("lm_head", weights)  # that is wte
+        names = ["attn_wq", "attn_wk", "attn_wv", "attn_wo", "mlp_fc1", "mlp_fc2", "ln1", "ln2"]
+        names = ["wte", "wpe", "ln_f", *[f"layer{i}.{name}" for i in (0, 1) for name in names]]
+        biases = [f"{name}.bias" for name in names if name not in ("wte", "wpe")]
+        self.assertEqual(set(weights), {*names, *biases})
+        for name, rows in weights.items():
+            deviation = math.sqrt(sum(a * a for a in flat(rows)) / len(flat(rows)))
+            if name in biases or "ln" in name:
+                self.assertEqual(set(flat(rows)), {0.0 if name in biases else 1.0}, name)
+            else:
+                residual = name.endswith(("attn_wo", "mlp_fc2"))
+                self.assertAlmostEqual(deviation, 0.01 if residual else 0.02, delta=0.001, msg=name)
 
     def test_logits_are_those_of_a_computation_by_hand_in_one_pass_or_several(self):
         tokens = [1, 2, 3, 3, 10, 0, 7, 2]
@@ -1391,27 +1400,55 @@ class TestTrace(Long):
         self.assertClose([[told["loss"], told["gradient_norm"]]], [[loss, norm]], 1e-12)
         self.assertEqual(list(told["gradients"]), list(grads))
 
+    def test_it_has_all_that_a_port_needs(self):
+        layer = "linear linear linear attention linear __add__ rmsnorm linear relu linear __add__ ".split()
+        lean = ["embed", "embed", "__add__", "rmsnorm", "rmsnorm", *layer, "linear", "cross_entropy"]
+        other = "--stream --vocab-size 9 --arch gpt2 --batch-size 2 --workers 2"
+        for flags, names in (("", lean), (other, None)):
+            self.printed(f"{flags} --steps 0 --samples 0 --save start")
+            self.printed(f"{flags} --steps 2 --samples 0 --trace run.jsonl")
+            first, step = json.loads(self.content("run.jsonl").splitlines()[0]), self.trace()[0]
+            metadata = microgpt.read_safetensors("start")[1]
+            for name in ("characters", "merges", "config", "random"):
+                self.assertEqual(first[name], json.loads(metadata[name]))
+            self.assertEqual((first["step"], first["weights"]), (0, self.weights("start")))
+            self.assertEqual(first["bos"], first["config"]["vocab_size"] - 1)
+            told, results = zip(*step["operations"])
+            self.assertEqual(list(told), names or list(told))
+            self.assertAlmostEqual(results[-1], step["loss"], 12)
+            model, config = microgpt.MODELS["gpt2" if "gpt2" in flags else "microgpt"][0], first["config"]
+            w, rows = {name: Tensor(rows) for name, rows in first["weights"].items()}, step["tokens"]
+            config, got = Config(**config), []
+            for row in rows:
+                cache, n = microgpt.new_cache(config), len(row) - 1
+                got += model(config, w, row[:-1], range(n), [cache] * n).data
+            self.assertClose(got, results[-2], 1e-12)
+            microgpt.tape.clear()
+
     def test_a_resumed_run_goes_on_after_its_step_and_cuts_what_is_beyond(self):
         flags = "--samples 0 --schedule constant --batch-size 2 --trace"
         self.printed(f"--steps 9 {flags} whole.jsonl")
         self.printed(f"--steps 4 {flags} run.jsonl --save run")
         whole, four, checkpoint = map(self.content, ("whole.jsonl", "run.jsonl", "run"))
-        self.assertEqual(four, whole[: len(four)])
-        lines, rest = whole.splitlines(True), whole[len(four) :]
-        beyond = b"".join(lines[4:6]).replace(b'"loss"', b'"lost"')
-        more = b"", beyond, lines[4][:40], beyond + lines[6][:-1], beyond + b"\xff\x00"
-        torn = b"".join(lines[:3]) + rest  # where a disk was full in step 4
-        for before, after in [*[(four + each, whole) for each in more], (four[:-9], torn), (b"", rest)]:
+        begin, whole = four.splitlines(True)[0], whole[whole.index(b"\n") + 1 :]
+        self.assertEqual(four, begin + whole[: len(four) - len(begin)])
+        lines, rest = [begin, *whole.splitlines(True)], whole[len(four) - len(begin) :]
+        beyond = b"".join(lines[5:7]).replace(b'"loss"', b'"lost"')
+        more = b"", beyond, lines[5][:40], beyond + lines[7][:-1], beyond + b"\xff\x00"
+        torn = b"".join(lines[:4]) + rest  # where a disk was full in step 4
+        cases = [(four + each, begin + whole) for each in more]
+        for before, after in [*cases, (four[:-9], torn), (b"", None)]:
             self.file("run.jsonl", before)
             self.file("run", checkpoint)
             self.printed(f"--resume run --steps 9 {flags} run.jsonl")
-            self.assertEqual(self.content("run.jsonl"), after, before)
+            got = self.content("run.jsonl")
+            self.assertEqual(got if after else got[got.index(b"\n") + 1 :], after or rest, before)
 
     def test_each_line_is_there_when_its_step_is_done_and_no_file_is_left_open(self):
         process = self.start_run("--trace run.jsonl", "step +20 ")
         process.kill()
-        lines = self.content("run.jsonl").splitlines()[:19]
-        self.assertEqual([json.loads(line)["step"] for line in lines], [*range(1, 20)])
+        lines = self.content("run.jsonl").splitlines()[:20]
+        self.assertEqual([json.loads(line)["step"] for line in lines], [*range(20)])
         flags = "--steps 4 --samples 0 --val-fraction 0.2 --plot a.svg --trace a.jsonl --save run"
         status, _, errors = self.script(SCRIPT, *flags.split(), script="-Wdefault")
         self.assertEqual((status, errors), (0, ""))
