@@ -818,7 +818,7 @@ def gpt2_weights(config, rng):
     for name, (rows, columns) in gpt2_shapes(config).items():
         scale = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith(("attn_wo", "mlp_fc2")) else 0.02
         if name.endswith(".bias") or "ln" in name:
-            weights[name] = [[0.0 if name.endswith(".bias") else 1.0] * columns]
+            weights[name] = [[float("bias" not in name)] * columns]
         else:
             weights[name] = [[rng.gauss(0, scale) for _ in range(columns)] for _ in range(rows)]
     return weights
@@ -960,7 +960,7 @@ class Run:
         self.weights = weights or draw_weights(self.config, rng)
         self.m, self.v = zeros(self.weights), zeros(self.weights)
         self.step, self.recent, self.saved = 0, [], "nothing was saved"  # recent: losses since a validation
-    def wrap(self): return {name: ENGINES[self.args.engine].wrap(w) for name, w in self.weights.items()}
+    def wrap(self, engine): return {name: engine.wrap(rows) for name, rows in self.weights.items()}
 
     def facts(self):
         """Return what describes the run, beside its numbers."""
@@ -1022,7 +1022,7 @@ def explain(run, ids):
     """Print what a model makes of some tokens."""
     shades = "·░▒▓█" if "utf" in (sys.stdout.encoding or "").lower() else ".:+*#"
     names = [repr(token)[1:-1].replace(" ", "_") for token in run.tokenizer.tokens] + ["^"]
-    w, n, bit = {name: FastTensor(rows) for name, rows in run.weights.items()}, len(ids) - 1, math.log(2)
+    w, n, bit = run.wrap(FastTensor), len(ids) - 1, math.log(2)
     rows = run.model(run.config, w, ids[:-1], range(n), [new_cache(run.config)] * n).data
     layers = [out.shares for out in tape if hasattr(out, "shares")]  # of each layer: those of its heads
     tape.clear()
@@ -1059,8 +1059,7 @@ def loss_plot(title, losses, validations):
     losses, validations = [[(x, y) for x, y in curve if abs(y) < 1e99] for curve in (losses, validations)]
     points = losses + validations or [(0, 0.0)]
     (first, last), usual = (min(points)[0], max(points)[0] + 1), sorted(y for _, y in points)
-    high = min(usual[-1], 3 * usual[len(usual) * 9 // 10]) * 1.02 + 1e-6
-    low = min(usual[0], high - 1e-3 * abs(high))
+    low, high = usual[0], usual[len(usual) * 99 // 100] * 1.1 + 1e-3
     mean, means = 0.0, []
     for i, (x, y) in enumerate(losses):  # a running mean over about a thirtieth of the curve
         mean += (y - mean) / min(i + 1, len(losses) // 30 + 1)
@@ -1098,8 +1097,7 @@ def write_trace(path, run, batch, loss, grads):
     facts = {"step": run.step + 1, "documents": [run.tokenizer.decode(ids) for ids in batch], "tokens": batch,
              "loss": loss, "learning_rate": learning_rate(run.args, run.step), "gradient_norm": norm(grads)}
     if run.step == 0:
-        w = {name: FastTensor(rows) for name, rows in run.weights.items()}
-        mean_loss(run.config, w, batch, run.model)
+        mean_loss(run.config, run.wrap(FastTensor), batch, run.model)
         names = [out.rule.__qualname__.split(".<")[0].split(".")[-1] for out in tape]  # of the operations
         facts |= {"gradients": grads, "operations": [[n, out.data] for n, out in zip(names, tape)]}
         tape.clear()
@@ -1124,7 +1122,8 @@ def generate(run, rng):
     """Return the prompt and what the model adds to it: up to --max-tokens tokens, or until BOS."""
     args, tokenizer, size = run.args, run.tokenizer, run.config.block_size
     past = run.edge + tokenizer.encode(args.prompt) or [tokenizer.ids.get("\n", 0)]
-    w, begin, new, position, cache = run.wrap(), len(past), past[:], 0, new_cache(run.config)
+    w, cache = run.wrap(ENGINES[args.engine]), new_cache(run.config)
+    begin, new, position = len(past), past[:], 0
     for _ in range(args.max_tokens or size):
         if position + len(new) > size:  # read the later half again from position 0, and forget the rest
             new, position, cache = past[-((size + 1) // 2) :], 0, new_cache(run.config)
@@ -1195,7 +1194,7 @@ def batch_at(run, docs, size):
 
 def validate(run, held_out):
     """Print the mean losses of training and validation, and return the latter. Warn or stop if they part."""
-    args, total, w = run.args, 0.0, run.wrap()
+    args, total, w = run.args, 0.0, run.wrap(ENGINES[run.args.engine])
     for ids in held_out:  # one at a time, to save memory
         total += mean_loss(run.config, w, [ids], run.model).data * (len(ids) - 1)
         tape.clear()
@@ -1272,8 +1271,7 @@ def number(kind, low, high, text):
     raise argparse.ArgumentTypeError(f"must be {what} from {low} to below {high:g}, not {text[:100]!r}")
 
 # The type of a flag, by the word that stands for its value in the table.
-KINDS = {"N": (int, 0, 10**12), "COUNT": (int, 1, 10**9), "SHARE": (float, 0, 1), "X": (float, 0, math.inf),
-         "TINY": (float, 1e-20, math.inf)}
+KINDS = {"N": (int, 0, 10**12), "COUNT": (int, 1, 10**9), "SHARE": (float, 0, 1), "X": (float, 0, math.inf)}
 FLAGS = """
 data     --corpus GLOB                    | text files, a document per line; repeatable (input.txt)
          --stream                         | the corpus is one continuous text, not lines
@@ -1289,7 +1287,7 @@ training --steps N                        | total training steps = 1000
          --lr X                           | the learning rate at its highest = 0.01
          --beta1 SHARE                    | how long it remembers gradients = 0.85
          --beta2 SHARE                    | how long it remembers their squares = 0.99
-         --eps TINY                       | keeps it from dividing by 0 = 1e-08
+         --eps X                          | keeps it from dividing by 0 = 1e-08
          --weight-decay X                 | adamw: how hard it pulls weights to 0 = 0.01
          --schedule linear|cosine|constant | how the learning rate falls = linear
          --cosine                         | --schedule cosine
@@ -1364,10 +1362,8 @@ def parse_args(argv):
         args = parser.parse_args(argv)
         args.corpus = corpus or run.args.corpus
         args.save = args.save or (args.resume if run.step < args.steps else None)
-        for name in FIXED:
-            new, old = getattr(args, name), getattr(run.args, name)
-            if new != old:
-                parser.error(f"--{name.replace('_', '-')} {new} contradicts {args.resume}, which has {old}")
+        changed = [name.replace("_", "-") for name in FIXED if getattr(args, name) != getattr(run.args, name)]
+        require(not changed, f"{args.resume} was made with another --{' --'.join(changed)}", UsageError)
         if args.optimizer != run.args.optimizer:
             warn(f"note: {args.optimizer} starts anew, without the running means of {run.args.optimizer}")
             run.m, run.v = zeros(run.weights), zeros(run.weights)
