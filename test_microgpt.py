@@ -1950,8 +1950,8 @@ class TestReadme(Test):
         self.timeout, numbers = 1200, " ".join(self.section("Exercises").split())
         for flags, shown in [each for each in readme_commands() if "--help" not in each[0]]:
             lines = list(map(str.rstrip, self.run_command(*flags)))
-            other = [line for line in shown if line not in lines]
-            print("microgpt.py", *flags, "-- OTHER:" if other else "-- as it says", *other, sep="\n  ")
+            other = [f"\n  {line}" for line in shown if line not in lines]
+            print("microgpt.py", *flags, "-- OTHER:" if other else "-- as it says", *other)
         for number, (edits, runs) in EXERCISES.items():
             self.file("microgpt.py", self.edited(edits, self.source))
             for run in runs:
