@@ -651,8 +651,50 @@ class TestWithoutGPU(Test):
             with self.assertRaisesRegex(vulkan_gemm.VulkanError, "more than fake allows"):
                 buffer.reserve(limit + 1)
 
+LAYER = "VK_LAYER_KHRONOS_validation"
+MANIFESTS = [f"{folder}/vulkan/explicit_layer.d/{name}.json" for name in (LAYER, "VkLayer_khronos_validation")
+             for folder in ("/usr/share", "/usr/local/share", "/etc")]
+CHECKS = """
+khronos_validation.debug_action = VK_DBG_LAYER_ACTION_LOG_MSG
+khronos_validation.log_filename = stdout
+khronos_validation.report_flags = error,warn,perf
+khronos_validation.enables = VK_VALIDATION_FEATURE_ENABLE_SYNCHRONIZATION_VALIDATION_EXT,\
+VK_VALIDATION_FEATURE_ENABLE_BEST_PRACTICES_EXT,VK_VALIDATION_FEATURE_ENABLE_GPU_ASSISTED_EXT,\
+VK_VALIDATION_FEATURE_ENABLE_GPU_ASSISTED_RESERVE_BINDING_SLOT_EXT
+"""
+MANY_PRODUCTS = """
+import ctypes, random, types
+mistake = sys.argv[1]
+if mistake == "bounds":
+    fields = vulkan_gemm.CONSTANTS
+    pack = lambda m, n, k, a, b, c, *others: fields.pack(m, n, k, a, b, c + 2**24, *others)
+    vulkan_gemm.CONSTANTS = types.SimpleNamespace(size=fields.size, pack=pack)
+if mistake == "race":
+    vulkan_gemm.STORAGE_USAGE |= 2  # so that it may be filled
+with vulkan_gemm.VulkanGemm() as gpu:
+    if mistake == "race":
+        fill, end = vulkan_gemm.open_library().vkCmdFillBuffer, gpu.vk.vkEndCommandBuffer
+        fill.argtypes = ctypes.c_void_p, *[ctypes.c_uint64] * 3, ctypes.c_uint32
+        twice = lambda c: [fill(c, gpu.buffers[2].handle, 0, 64, 0) for _ in "ab"]
+        gpu.vk.vkEndCommandBuffer = lambda c: twice(c) and end(c)
+    for vulkan_gemm.MAX_K in (vulkan_gemm.MAX_K, 8):
+        for n in (1, 5, 64, 300, 17):
+            a = [[random.random() for _ in range(n)] for _ in range(n)]
+            gpu.matmuls([a, a, a[:1]], [a, a, a])
+"""
+
 @unittest.skipUnless(count_devices(), "needs a Vulkan loader and device")
 class TestVulkan(Test):
+    @unittest.skipUnless(any(map(os.path.exists, MANIFESTS)), "needs the Khronos validation layer")
+    def test_the_validation_layer_speaks_of_mistakes_alone(self):
+        self.file("vk_layer_settings.txt", CHECKS)
+        cases = ("none", "^$"), ("race", "SYNC-HAZARD-WRITE-AFTER-WRITE"), ("bounds", "out of bounds")
+        for mistake, pattern in cases:  # where the layer is not loaded, nobody sees the mistakes
+            script, layer = self.driver(MANY_PRODUCTS), {"VK_INSTANCE_LAYERS": LAYER}
+            status, out, errors = self.script(mistake, script=script, env=layer)
+            self.assertEqual((status, errors), (0, ""))
+            self.assertRegex(out, pattern)
+
     def six(self, gpu):
         self.assertEqual(gpu.matmul([[2.0]], [[3.0]]), [[6.0]])
 
@@ -1154,6 +1196,21 @@ def limit_files(size):
 
 @needs_posix
 class TestInterruptions(Long):
+    def test_samplers_and_another_trainer_leave_a_trainer_and_its_file_alone(self):
+        flags = "--steps 1000000 --save-every 1 --save run --seed"
+        trainers = [self.start(f"{flags} {seed}", stdout=subprocess.DEVNULL) for seed in (1, 2)]
+        while not os.path.exists("run"):
+            self.assertEqual([process.poll() for process in trainers], [None, None])
+        for _ in range(10):
+            self.printed("--resume run --steps 0 --samples 1")
+        self.assertEqual([process.poll() for process in trainers], [None, None])
+        for process in trainers:
+            process.terminate()
+            process.wait()
+        self.assertEqual([process.returncode for process in trainers], [143, 143])
+        self.assertEqual(sorted(os.listdir()), ["input.txt", "run"])
+        self.printed("--resume run --steps 0 --samples 1")
+
     def test_a_full_disk_is_a_warning_until_the_end_and_leaves_the_old_checkpoint(self):
         self.printed("--steps 3 --samples 0 --save run")
         content, flags = self.content("run"), "--resume run --steps 6 --save-every 2 --samples 0"
