@@ -1273,17 +1273,20 @@ def number(kind, low, high, text):
 # The type of a flag, by the word that stands for its value in the table.
 KINDS = {"N": (int, 0, 10**12), "COUNT": (int, 1, 10**9), "SHARE": (float, 0, 1), "X": (float, 0, math.inf)}
 FLAGS = """
-data     --corpus GLOB                    | text files, a document per line; repeatable (input.txt)
+basics   --corpus GLOB                    | text files, a document per line; repeatable (input.txt)
          --stream                         | the corpus is one continuous text, not lines
-         --vocab-size --merges N          | byte-pair merges to learn, 0: characters only = 0
-model    --layers --n-layer COUNT         | how many layers = 1
+         --layers --n-layer COUNT         | how many layers = 1
          --d-model --n-embd COUNT         | width: channels per position = 16
-         --heads --n-head COUNT           | attention heads per layer = 4
          --context --block-size COUNT     | how many tokens the model can see = 16
-         --arch microgpt|gpt2             | gpt2: with LayerNorm, biases, GELU = microgpt
-training --steps N                        | total training steps = 1000
+         --steps N                        | total training steps = 1000
          --batch-size COUNT               | documents per step = 1
-         --optimizer sgd|momentum|rmsprop|adam|adamw | what moves the weights = adam
+         --save FILE                      | save the run in this file, for --resume
+         --resume FILE                    | continue this run; other flags override its own
+         --prompt TEXT                    | what every sample begins with
+data     --vocab-size --merges N          | byte-pair merges to learn, 0: characters only = 0
+model    --heads --n-head COUNT           | attention heads per layer = 4
+         --arch microgpt|gpt2             | gpt2: with LayerNorm, biases, GELU = microgpt
+training --optimizer sgd|momentum|rmsprop|adam|adamw | what moves the weights = adam
          --lr X                           | the learning rate at its highest = 0.01
          --beta1 SHARE                    | how long it remembers gradients = 0.85
          --beta2 SHARE                    | how long it remembers their squares = 0.99
@@ -1303,13 +1306,10 @@ watching --val-fraction SHARE             | share of the corpus to hold out for 
          --plot FILE.svg                  | draw the loss
          --trace FILE.jsonl               | write a line of numbers for every step
          --explain TEXT                   | show what the model makes of this text
-keeping  --save FILE                      | save the run in this file, for --resume
-         --save-every COUNT               | also save every COUNT steps = 500
-         --resume FILE                    | continue this run; other flags override its own
+keeping  --save-every COUNT               | also save every COUNT steps = 500
 sampling --samples N                      | how many samples = 20
          --temperature X                  | 1: the model's odds, 0: always the likeliest = 0.5
          --top-k N                        | draw from the N likeliest tokens, 0: from all = 0
-         --prompt TEXT                    | what every sample begins with
          --max-tokens COUNT               | at most COUNT new tokens per sample (the context)
 engine   --engine scalar|tensor|vulkan    | scalar: part one alone; vulkan: on the GPU = tensor
          --vulkan                         | --engine vulkan

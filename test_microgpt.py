@@ -1744,7 +1744,7 @@ class TestCommandLine(Test):
     def test_help_names_every_group_and_the_defaults_that_there_are(self):
         status, out, errors = self.script("--help", env={"COLUMNS": "300"})
         self.assertEqual((status, errors), (0, ""))
-        for group in ("data", "model", "training", "watching", "keeping", "sampling", "engine"):
+        for group in ("basics", "data", "model", "training", "watching", "keeping", "sampling", "engine"):
             self.assertIn(f"\n{group}:\n", out)
         self.assertNotRegex(out, "object at|None|%%")
         out = re.sub(r"\n {9,}", "  ", out)  # what stands below a long flag
