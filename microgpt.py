@@ -6,8 +6,8 @@
     python microgpt.py --help     everything else it can do
 
 A GPT (generative pretrained transformer) reads a text piece by piece and, at each point, gives a probability
-to every piece that may come next. Training is the search for numbers that make those guesses good. There are
-three parts, and you can stop after any of them with something complete in hand:
+to every piece that may come next. Training is the search for numbers that make those guesses good. The file
+has three parts, and you can stop after any of them with something complete in hand:
 
     Part one    the complete algorithm, one number at a time               sections 1 to 8
     Part two    the same, much faster: matrices, subwords, GPU, cores      sections 9 to 13
@@ -55,7 +55,7 @@ class CharTokenizer:
 # 3. Autograd on one number --------------------------------------------------------------------------------
 # Training changes the weights, the numbers that the model computes with, to lower the loss, one number that
 # says how surprised the model was by what came next. The derivative of the loss with respect to a weight is
-# its gradient: if it is 2, raising the weight by 0.001 raises the loss by about 0.002. Autograd computes all.
+# its gradient: if it is 2, raising the weight by 0.001 adds about 0.002 to the loss. Autograd finds them all.
 #
 # For that, numbers must remember where they came from. A Value holds a number (data), the Values that it was
 # computed from (inputs), and how fast it changes with each of them (slopes). The slopes of a * b are b and a;
@@ -66,8 +66,8 @@ class CharTokenizer:
 #     a = 2 ---- 3 ---'                       > c = 8
 #       '--------------- 1 -------------------'
 #
-# The chain rule: multiply the slopes along each path, and add up the paths. From b to c there is one path, so
-# c has the derivative 2 * 1 = 2 by b. From a there are two: 3 * 1 + 1 = 4. With a = 2.001, c becomes 8.004.
+# The chain rule: multiply the slopes along each path, and add up the paths. From b to c there is one path:
+# 2 * 1 = 2. From a there are two: 3 * 1 + 1 = 4. Indeed, with a = 2.001, c becomes 8.004.
 
 class Value:
     """A number that remembers what it was computed from. After backward(), grad is its gradient."""
@@ -107,12 +107,12 @@ class Value:
     def __rtruediv__(self, other): return self**-1 * other
 
     def backprop(self):
-        """Pass the gradient on to the inputs."""
+        """Pass grad times slope to each input."""
         for value, slope in zip(self.inputs, self.slopes):
             value.grad += slope * self.grad
 
 # Every result goes on one list, the tape (Wengert 1964), as soon as it is computed, so it comes after what it
-# was computed from. When we read the tape from its end, all paths to a Value are added up in time.
+# was computed from. Reading the tape from its end, we meet a Value only when all its paths are added up.
 tape = []
 
 def backward(loss):
@@ -124,8 +124,8 @@ def backward(loss):
 # 4. The operations of a GPT, spelled out in Values --------------------------------------------------------
 # A GPT needs seven operations on matrices: embed, +, linear, rmsnorm, relu, attention, cross_entropy. In a
 # matrix x of activations, the numbers computed from a text, each row is a position in the text, and the
-# numbers in it are its channels: x[row][channel]. In one of weights, each row makes one output: w[out][in].
-# Until the loss, rows meet in one operation alone: attention is how the past gets into the present.
+# numbers in it are its channels: x[row][channel]. In a matrix of weights, a row makes one output: w[out][in].
+# Until the loss, rows meet only in attention: it is how the past gets into the present.
 
 def add_up(values):
     """Return the sum of some Values, as one operation with slope 1 for each of them."""
@@ -175,18 +175,18 @@ class Matrix:
         return Matrix(out)
 
     def relu(self):
-        """Replace negative numbers by 0 (rectified linear unit). Without it, two linears would act as one."""
+        """Turn negative numbers into 0 (rectified linear unit). Without it, two linears would act as one."""
         return Matrix([[a.relu() for a in row] for row in self.rows])
 
     def attention(self, k, v, n_head, caches):
-        """Let each row gather information from the rows before it in its document. (Vaswani et al. 2017)
+        """Let each row gather information from itself and earlier rows of its document. (Vaswani et al. 2017)
 
         A row has a query (what it looks for), a key (how it is found) and a value (what it hands on). The dot
         product of a query and a key is a score. Softmax turns the scores into shares, and the result is the
         sum of the values, each times its share. Each of n_head heads does this with `size` channels of its
         own, so that a position can look for several things. Scores grow with the size, hence the division by
         its root. self, k and v hold queries, keys and values. caches[t] is (keys, values) of row t's document
-        so far, drawn in section 5. Each position adds its own key and then asks, so none sees the future."""
+        so far, shown in section 5. Each position adds its own key and then asks, so none sees the future."""
         size, out = len(self.rows[0]) // n_head, []
         for t, (keys, values) in enumerate(caches):
             keys.append(k.rows[t])
@@ -205,8 +205,8 @@ class Matrix:
         """Return the loss, a Value: the mean over the rows of -log p of the token that really came next. Rows
         are logits, a score for each token, and p is their softmax. -log p is 0 if the model is certain and
         right, log(vocab_size) if it finds all tokens equally likely. The logarithm turns the chance of a
-        text, the product of its tokens' chances, into a sum. As log(sum of e^a) - a[target] it cannot
-        overflow."""
+        text, the product of its tokens' chances, into a sum. As log(sum of e^a) - a[target] it never
+        meets log 0."""
         losses = []
         for row, target in zip(self.rows, targets):
             top = max(a.data for a in row)
@@ -242,7 +242,7 @@ def shapes(config):
     return out
 
 def initial_weights(config, rng):
-    """Return name -> rows of normally distributed floats: equal weights would get equal gradients."""
+    """Return name -> rows of random (normal) floats, as equal weights would get equal gradients."""
     weights = {}
     for name, (rows, columns) in shapes(config).items():
         weights[name] = [[rng.gauss(0, 0.08) for _ in range(columns)] for _ in range(rows)]
@@ -343,8 +343,8 @@ def sample(config, weights, bos, temperature, rng):
     return out
 
 # 8. All of it ---------------------------------------------------------------------------------------------
-# Everything so far, plus a call of train_and_sample(), runs alone. The loss begins near log 27 = 3.3, a blind
-# guess, and ends near 2.3. Each is that of one name, so look at the trend.
+# With a call of train_and_sample(), the code so far runs alone. The loss begins near log 27 = 3.3, a blind
+# guess, and ends near 2.3. It is that of one name at a time, so look at the trend.
 
 def train_and_sample(path="input.txt", steps=1000):
     """Train a model on the documents in a file, then print 20 new ones."""
@@ -389,13 +389,13 @@ def require(condition, what, error=UserError):
         raise error(what)
 
 # 9. The same operations, a matrix at a time ---------------------------------------------------------------
-# Part one makes an object of every multiplication. A Tensor holds the numbers of a whole matrix instead, and
+# Part one makes an object per multiplication. A Tensor holds the numbers of a whole matrix instead, and
 # each operation puts one object on the tape. In place of slopes it has a rule, a function that takes g, the
 # gradient of the result, and passes on the gradients of the inputs. The comment above each operation derives
 # its rule. Names, arguments and numbers are those of part one, so gpt() works with either kind of matrix.
 #
 # The product of two matrices takes the rows of the first and the columns of the second, and each number in it
-# is the dot product of a row and a column. The columns of a transpose are rows, so X W^T is matmul(x, w).
+# is the dot product of a row and a column. The columns of W^T are the rows of W: X W^T is matmul(x, w).
 
 sumprod = getattr(math, "sumprod", lambda a, b: sum(map(mul, a, b)))  # math has it from Python 3.12 on
 def columns(rows): return list(zip(*rows))  # and these are the rows of the transpose
@@ -521,7 +521,7 @@ class Tensor:
         out.shares = ps  # for --explain
         return out
 
-    # log(sum of e^z) has as slopes the softmax p, and -z[target] has -1 there: dz = (p - [target]) / n.
+    # dz is (p, minus 1 at the target) / n: p is the slopes of log(sum of e^z), and -1 is that of -z[target].
     def cross_entropy(self, targets):
         loss, probs = 0.0, []
         for row, target in zip(self.data, targets):
@@ -542,12 +542,12 @@ class Tensor:
 # the loop is written out: for vectors of length 3, Python compiles a0*b0+a1*b1+a2*b2, once. And behind a relu
 # most numbers are 0, in a trained model six out of seven. A product with such a matrix leaves them out.
 
-WRITTEN_OUT = 16 if hasattr(math, "sumprod") else 257  # longer dot products are left to sumprod
+WRITTEN_OUT = 16 if hasattr(math, "sumprod") else 257  # from this length on, sumprod does it
 
 @lru_cache(maxsize=None)
 def products(n):
     """Return a matmul for rows and columns of length n."""
-    if n >= WRITTEN_OUT or n > 64 and n % 64:  # few products have one of these lengths, in a growing text
+    if n >= WRITTEN_OUT or n > 64 and n % 64:  # a growing text has each other length only briefly
         return Tensor.matmul
     a, b = [[f"{x}{i}" for i in range(n)] for x in "ab"]
     terms = "+".join(map("{}*{}".format, a, b))
@@ -687,12 +687,12 @@ class VulkanTensor(FastTensor):
 ENGINES = {"scalar": Matrix, "tensor": FastTensor, "vulkan": VulkanTensor}
 
 # 13. All the cores ----------------------------------------------------------------------------------------
-# All workers have the same weights, each computes the gradients for its share of the batch, and their mean,
+# All workers have the same weights. Each computes the gradients for its share of the batch. Their mean,
 # weighted by the sizes of the shares, is the gradient of the whole batch. Python runs one thread at a time,
 # so the workers are processes, from a pool in the standard library. Only this process moves the weights.
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-mask_signals = getattr(signal, "pthread_sigmask", lambda how, numbers: None)  # Windows has no masks
+def mask_signals(how): hasattr(signal, how) and signal.pthread_sigmask(getattr(signal, how), STOPS)  # on Unix
 
 def start_worker():
     """Set up a worker: it leaves signals to its parent and ends when the parent does."""
@@ -701,7 +701,7 @@ def start_worker():
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # signals to the parent's group do not come here, so SIGTERM is the pool's own
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        mask_signals(signal.SIG_UNBLOCK, STOPS)
+        mask_signals("SIG_UNBLOCK")
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 def end_with_parent():
@@ -709,14 +709,14 @@ def end_with_parent():
     multiprocessing.parent_process().join()
     os._exit(1)
 
-def count_predictions(batch): return sum(len(tokens) - 1 for tokens in batch)  # no first token is predicted
+def count_predictions(batch): return sum(len(tokens) - 1 for tokens in batch)  # all but the first tokens
 
 class Workers:
-    """Processes that share the work of loss_and_grads. One alone is this process."""
+    """Processes that share the work of loss_and_grads. If n is 1, there are none."""
     def __init__(self, n, engine, model=gpt):
         self.n, self.engine, self.model, self.others = n, engine, model, threading.enumerate()
         if n > 1:
-            context = multiprocessing.get_context("spawn" if engine is VulkanTensor else None)  # not forked
+            context = multiprocessing.get_context("spawn" if engine is VulkanTensor else None)
             self.pool = concurrent.futures.ProcessPoolExecutor(n, context, start_worker)
             self.pool._safe_to_dynamically_spawn_children = False  # PyPy's pool lacks what it would call
 
@@ -727,9 +727,9 @@ class Workers:
         loss, grads, shares = 0.0, zeros(weights), [batch[i :: self.n] for i in range(self.n)]
         work = [(loss_and_grads, config, weights, share, self.engine, self.model) for share in shares]
         try:
-            mask_signals(signal.SIG_BLOCK, STOPS)  # until new workers ignore them
+            mask_signals("SIG_BLOCK")  # until new workers ignore them
             futures = [self.pool.submit(*call) for call in work]
-            mask_signals(signal.SIG_UNBLOCK, STOPS)
+            mask_signals("SIG_UNBLOCK")
             for share, future in zip(shares, futures):
                 part = count_predictions(share) / count_predictions(batch)
                 share_loss, share_grads = future.result(patience)
@@ -742,7 +742,7 @@ class Workers:
 
     def stop(self):
         """End all workers, whatever they are doing."""
-        mask_signals(signal.SIG_UNBLOCK, STOPS)
+        mask_signals("SIG_UNBLOCK")
         if self.n > 1:
             for process in multiprocessing.active_children():
                 process.kill()
@@ -771,7 +771,7 @@ def center(rows):
     means = [sum(row) / len(row) for row in rows]
     return [[a - mean for a in row] for row, mean in zip(rows, means)]
 
-# y = x z, number by number: the slope to each is the other.
+# y = x z, number by number: z is the slope for x, x for z.
 def multiply(x, z): return [[a * b for a, b in zip(*rows)] for rows in zip(x, z)]
 
 def multiply_tensor(x, z):
@@ -842,10 +842,10 @@ def gpt2(config, w, ids, positions, caches):
 MODELS = {"microgpt": (gpt, shapes, initial_weights), "gpt2": (gpt2, gpt2_shapes, gpt2_weights)}
 
 # 15. Optimizers in historical order -----------------------------------------------------------------------
-# Each adds one idea to the one before it. Gradient descent takes a step down the slope (Robbins, Monro 1951).
+# Each improves on earlier ones. Gradient descent takes a step down the slope (Robbins, Monro 1951).
 # Momentum keeps going in its previous direction (Polyak 1964). RMSprop divides by the size that a weight's
 # gradients had lately (Tieleman, Hinton 2012). Adam (section 6) does both. AdamW also pulls each weight
-# towards 0, apart from the gradient (Loshchilov, Hutter 2019). All take the same arguments.
+# toward 0, apart from the gradient (Loshchilov, Hutter 2019). All take the same arguments.
 
 def sgd(weights, grads, m, v, step, lr, **_):
     for w, g in rows_of(weights, grads):
@@ -914,7 +914,8 @@ def replace_file(path, parts):
                 shutil.copymode(target, part)
             os.replace(part, target)
         except BaseException:
-            os.remove(part)
+            with suppress(OSError):
+                os.remove(part)
             raise
 
 def write_safetensors(path, tensors, metadata):
@@ -957,7 +958,7 @@ class Run:
         self.edge = [] if args.stream else [tokenizer.bos]  # what stands before and after a document
         self.config = Config(tokenizer.vocab_size, args.layers, args.d_model, args.heads, args.context)
         self.model, self.shapes, draw_weights = MODELS[args.arch]
-        self.weights = weights or draw_weights(self.config, rng)
+        self.weights = draw_weights(self.config, rng) if weights is None else weights
         self.m, self.v = zeros(self.weights), zeros(self.weights)
         self.step, self.recent, self.saved = 0, [], "nothing was saved"  # recent: losses since a validation
     def wrap(self, engine): return {name: engine.wrap(rows) for name, rows in self.weights.items()}
@@ -982,19 +983,20 @@ class Run:
         self.saved = f"step {self.step} is saved in {self.args.save}"
 
 def load(path):
-    """Return the Run in a checkpoint. Raises UserError if the file is not a whole one."""
+    """Return the Run in a checkpoint. Raises UserError if the file is not a sound one."""
     with reporting(f"cannot read {path}"):
         tensors, metadata = read_safetensors(path)
         for name in Run.FIELDS:
             require(name in metadata, f"it was not saved by this program: no {name} in its metadata")
         flags, characters, merges, step, recent, state = [json.loads(metadata[name]) for name in Run.FIELDS]
-        require(not {"-h", "--help"} & set(flags), "its flags")
+        require(not any(flag.startswith(("-h", "--help")) for flag in flags), "its flags")
         args = make_parser().parse_args(flags)
         require(set(flags) <= set(as_argv(args)) and args.layers <= len(tensors), "its flags")
-        lengths = [1] * len(characters)
+        lengths, total = [1] * len(characters), 0
         for left, right in merges:  # a few of them can make vast tokens
             lengths.append(lengths[left] + lengths[right])
-            require(min(left, right) >= 0 and lengths[-1] * len(merges) < 10**8, "its merges")
+            total += lengths[-1]
+            require(min(left, right) >= 0 and total < 10**8, "its merges")
         tokenizer, rng = BPETokenizer(characters, merges), random.Random()
         require("".join(tokenizer.ids) == characters, "its characters")
         rng.setstate((state[0], tuple(state[1]), state[2]))
@@ -1026,7 +1028,7 @@ def explain(run, ids):
     rows = run.model(run.config, w, ids[:-1], range(n), [new_cache(run.config)] * n).data
     layers = [out.shares for out in tape if hasattr(out, "shares")]  # of each layer: those of its heads
     tape.clear()
-    draw(rows[-1], 0, 0, None)  # refuses numbers that have overflowed
+    draw(list(chain(*rows)), 0, 0, None)  # refuses numbers that have overflowed
     print(f"{'token':6}{'next':6}    p   nats   bits the five likeliest (^ is BOS, _ a space)")
     losses = [Tensor([row]).cross_entropy([target]).data for row, target in zip(rows, ids[1:])]
     for token, target, p, loss in zip(ids, ids[1:], map(probabilities, rows), losses):
@@ -1109,7 +1111,7 @@ def write_trace(path, run, batch, loss, grads):
 # the exit status is 2 for the command line, 128 plus its number for a signal, and 1 for everything else.
 
 def draw(logits, temperature, top_k, rng):
-    """Return a token id, one of the top_k likeliest or if 0 of all. Temperature 0 takes the likeliest."""
+    """Return a token id, one of the top_k likeliest (0: of all). Temperature 0 takes the likeliest."""
     finite, top = all(map(math.isfinite, logits)), max(logits)
     require(finite, "the model's numbers have overflowed: train it with a lower --lr", ArithmeticError)
     if temperature == 0:
@@ -1193,7 +1195,7 @@ def batch_at(run, docs, size):
     return [list(map(ord, window)) for window in windows]
 
 def validate(run, held_out):
-    """Print the mean losses of training and validation, and return the latter. Warn or stop if they part."""
+    """Print the mean losses of training and validation, and return the latter. Warn or stop if it is high."""
     args, total, w = run.args, 0.0, run.wrap(ENGINES[run.args.engine])
     for ids in held_out:  # one at a time, to save memory
         total += mean_loss(run.config, w, [ids], run.model).data * (len(ids) - 1)
@@ -1209,8 +1211,8 @@ def validate(run, held_out):
     return validation
 
 def train(run, docs, held_out, signals):
-    """Train to the last step or a signal. Whatever stops it, the last good step is saved."""
-    args, first, begin, losses, validations = run.args, run.step, time.monotonic(), [], []
+    """Train to the last step or a signal. Save then, and after any error but overflow."""
+    args, first, begin, losses, validations = run.args, run.step, time.perf_counter(), [], []
     workers = Workers(args.workers, ENGINES[args.engine], run.model)
     if args.trace:
         begin_trace(args.trace, run)
@@ -1241,13 +1243,14 @@ def train(run, docs, held_out, signals):
                 except UserError as error:  # such as a full disk; the next time may be better
                     warn(f"warning: {error}")
             if sys.stderr.isatty():
-                rate = (run.step - first) / (time.monotonic() - begin)
+                rate = (run.step - first) / (time.perf_counter() - begin)
                 left = round((args.steps - run.step) / rate)
                 text = f"\x1b[40C{rate:.3g} steps/s, {left // 60}:{left % 60:02d} left\x1b[K"
                 print(text, end="\r", file=sys.stderr)  # to the right of the loss
         run.save()
     except (RuntimeError, OSError, MemoryError):
-        run.save()
+        if run.step > first:
+            run.save()
         raise
     finally:
         workers.stop()
@@ -1430,7 +1433,7 @@ def main(argv=None, signals=Signals()):
     except KeyboardInterrupt:
         message, status = f"interrupted: {run.saved if run else 'nothing was saved'}", 128 + signals.caught
     except (RuntimeError, ArithmeticError, MemoryError) as error:
-        message, status = f"error: {error or 'there is not enough memory'}", getattr(error, "status", 1)
+        message, status = f"error: {str(error) or 'there is not enough memory'}", getattr(error, "status", 1)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again on exit
         if not isinstance(error, BrokenPipeError):  # whoever read the output has gone, as `head` does
@@ -1449,7 +1452,7 @@ if __name__ == "__main__":
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # None: closed from the start
         getattr(sys, name).reconfigure(errors="backslashreplace")  # a terminal may lack a character
     for stop in STOPS:
-        if signal.getsignal(stop) is not signal.SIG_IGN:  # as by nohup
+        if signal.getsignal(stop) is not signal.SIG_IGN:  # nohup sets it
             signal.signal(stop, caller.catch)
     if sys.implementation.name != "pypy":  # where nothing else frees memory
         gc.disable()  # there are no reference cycles

@@ -903,6 +903,16 @@ class TestWorkers(Test):
                     self.assertClose(self.losses(f"{flags} {name} --workers {n}"), one)
                 self.assertEqual(self.content("a"), self.content("b"))
 
+    def test_where_signals_cannot_be_blocked_as_on_windows_it_runs(self):
+        code = "import signal\ndel signal.SIG_BLOCK, signal.SIG_UNBLOCK\nsys.exit(microgpt.main(sys.argv[1:]))\n"
+        for flags in ("", "--batch-size 2 --workers 2"):
+            status, _, errors = self.script(f"--steps 2 --samples 0 {flags}", script=self.driver(code))
+            self.assertEqual((status, errors), (0, ""))
+
+    def test_memory_that_is_full_is_one_line(self):
+        with unittest.mock.patch.object(microgpt, "load_corpus", side_effect=MemoryError):
+            self.assertRefused(1, "there is not enough memory", "")
+
     def test_workers_that_hang_are_not_waited_for_forever(self):
         out = "a worker cannot go on: it does not answer\n2 workers have ended\n"
         for width in ("4", "64"):  # whose weights fit into a pipe, or do not
