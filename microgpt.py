@@ -903,7 +903,7 @@ def reporting(what):
 def replace_file(path, parts):
     """Write parts of bytes into a new file, which then takes the place of `path`."""
     target = os.path.realpath(path)  # for a link, replace its target
-    part = f"{target}.{os.getpid()}.{time.time_ns()}.part"  # no other process uses this name
+    part = os.path.join(os.path.dirname(target), f"{os.getpid()}.{time.time_ns()}.part")  # no other's name
     with reporting(f"cannot save {path}"):
         try:
             with open(part, "xb") as file:  # x: never through a link or into an existing file
@@ -932,6 +932,7 @@ def write_safetensors(path, tensors, metadata):
 
 def read_safetensors(path):
     """Return name -> rows of floats, and the metadata. No more is read than the size of the file allows."""
+    require(not Path(path).is_fifo(), "it is not a file")
     with open(path, "rb") as file:
         size, length = os.fstat(file.fileno()).st_size - 8, int.from_bytes(file.read(8), "little")
         require(length <= size, "it is cut short, or no .safetensors file")
@@ -996,7 +997,7 @@ def load(path):
         for left, right in merges:  # a few of them can make vast tokens
             lengths.append(lengths[left] + lengths[right])
             total += lengths[-1]
-            require(min(left, right) >= 0 and total < 10**8, "its merges")
+            require(min(left, right) >= 0 and total < 5 * 10**7, "its merges")
         tokenizer, rng = BPETokenizer(characters, merges), random.Random()
         require("".join(tokenizer.ids) == characters, "its characters")
         rng.setstate((state[0], tuple(state[1]), state[2]))
@@ -1028,7 +1029,8 @@ def explain(run, ids):
     rows = run.model(run.config, w, ids[:-1], range(n), [new_cache(run.config)] * n).data
     layers = [out.shares for out in tape if hasattr(out, "shares")]  # of each layer: those of its heads
     tape.clear()
-    draw(list(chain(*rows)), 0, 0, None)  # refuses numbers that have overflowed
+    for row in chain(rows, *chain(*layers)):
+        draw(row, 0, 0, None)  # refuses numbers that have overflowed
     print(f"{'token':6}{'next':6}    p   nats   bits the five likeliest (^ is BOS, _ a space)")
     losses = [Tensor([row]).cross_entropy([target]).data for row, target in zip(rows, ids[1:])]
     for token, target, p, loss in zip(ids, ids[1:], map(probabilities, rows), losses):
@@ -1144,7 +1146,9 @@ def load_corpus(args, rng):
     paths, docs = set(), []
     default = "input.txt" if os.path.exists("input.txt") else str(Path(__file__).with_name("input.txt"))
     for pattern in args.corpus or [default]:
-        found = list(islice(glob.iglob(pattern, recursive=True), 10_000))
+        with reporting(f"cannot read {pattern}"):
+            names = [] if os.path.exists(pattern) else glob.iglob(pattern, recursive=True)
+            found = list(islice(names, 10_000))
         paths.update(map(os.path.normpath, found or [pattern]))
     for path in sorted(paths):
         with reporting(f"cannot read {path}"):
@@ -1383,7 +1387,7 @@ def check(args):
     require(workers <= size, f"--workers {workers} is more than --batch-size {size}", UsageError)
     if (args.div_warn, args.div_crit) != (None, None):
         args.val_fraction = args.val_fraction or 0.1
-    if args.save and os.path.exists(args.save) and args.save != args.resume:
+    if args.save and os.path.exists(os.path.realpath(args.save)) and args.save != args.resume:
         load(args.save)  # only a checkpoint is replaced
     for name, end in ("save", ""), ("plot", ".svg"), ("trace", ".jsonl"):
         if (path := getattr(args, name)) is not None:
@@ -1431,7 +1435,8 @@ def main(argv=None, signals=Signals()):
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:
-        message, status = f"interrupted: {run.saved if run else 'nothing was saved'}", 128 + signals.caught
+        message, status = "interrupted: nothing was saved", 128 + (signals.caught or 2)
+        message = f"interrupted: {run.saved}" if run else message
     except (RuntimeError, ArithmeticError, MemoryError) as error:
         message, status = f"error: {str(error) or 'there is not enough memory'}", getattr(error, "status", 1)
     except OSError as error:
@@ -1457,6 +1462,7 @@ if __name__ == "__main__":
     if sys.implementation.name != "pypy":  # where nothing else frees memory
         gc.disable()  # there are no reference cycles
     exit_status = main(None, caller)
+    caller.caught = True  # a signal from here on ends at once
     if threading.active_count() > 1:  # a thread of the pool may wait for dead workers forever
         os._exit(exit_status)
     sys.exit(exit_status)

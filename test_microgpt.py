@@ -904,10 +904,15 @@ class TestWorkers(Test):
                 self.assertEqual(self.content("a"), self.content("b"))
 
     def test_where_signals_cannot_be_blocked_as_on_windows_it_runs(self):
-        code = "import signal\ndel signal.SIG_BLOCK, signal.SIG_UNBLOCK\nsys.exit(microgpt.main(sys.argv[1:]))\n"
+        code = "import signal\ndel signal.SIG_BLOCK, signal.SIG_UNBLOCK\nsys.exit(microgpt.main())\n"
         for flags in ("", "--batch-size 2 --workers 2"):
             status, _, errors = self.script(f"--steps 2 --samples 0 {flags}", script=self.driver(code))
             self.assertEqual((status, errors), (0, ""))
+
+    def test_a_file_with_the_characters_of_a_glob_is_that_file(self):
+        self.file("a[1].txt", "ab\nba\n")
+        self.file("a1.txt", "c\n")
+        self.assertIn("num docs: 2\n", self.printed("--corpus a[1].txt --steps 0 --samples 0"))
 
     def test_memory_that_is_full_is_one_line(self):
         with unittest.mock.patch.object(microgpt, "load_corpus", side_effect=MemoryError):
@@ -1053,6 +1058,13 @@ class TestCheckpoints(Test):
                 self.assertEqual(self.content("part"), self.content("whole"))
                 os.remove("part")
                 os.remove("whole")
+
+    def test_a_text_that_repeats_itself_can_be_gone_on_with(self):
+        names = "\n".join(SHIPPED[:1500])
+        self.file("input.txt", names * 2 + "".join(SHIPPED[1500:1600]))
+        flags = "--stream --vocab-size 9000 --d-model 2 --heads 1 --steps 1 --samples 0 --save run"
+        self.assertEqual(self.main(flags)[0], 0)
+        self.assertGreater(max(map(len, microgpt.load("run").tokenizer.tokens)), 9000)
 
     def test_a_finished_run_only_samples_and_a_longer_one_goes_on_by_the_flags_given_anew(self):
         content, before = self.saved("--warmup-steps 2 --corpus input.txt"), os.stat("run").st_mtime_ns
@@ -1220,6 +1232,12 @@ class TestInterruptions(Long):
         self.assertEqual([process.returncode for process in trainers], [143, 143])
         self.assertEqual(sorted(os.listdir()), ["input.txt", "run"])
         self.printed("--resume run --steps 0 --samples 1")
+
+    def test_what_is_no_checkpoint_is_kept_and_a_pipe_is_not_waited_for(self):
+        self.assertRefused(1, "cannot read input.txt/", "--steps 1 --save input.txt/")
+        if hasattr(os, "mkfifo"):
+            os.mkfifo("pipe")
+            self.assertRefused(1, "it is not a file", "--resume pipe")
 
     def test_a_full_disk_is_a_warning_until_the_end_and_leaves_the_old_checkpoint(self):
         self.printed("--steps 3 --samples 0 --save run")
