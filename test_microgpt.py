@@ -1882,7 +1882,9 @@ class TestTerminal(Long):
 
 def readme_commands():
     """Each command of the README as a list of words, and the lines that it shows below it."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```$", read(README).replace("\\\n", ""), re.M | re.S)
+    text = read(README).replace("\\\n", "")
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", text, re.M | re.S)
+    blocks += re.findall(r"`(python microgpt.py [^`]+)`", text)
     for block in blocks:
         start = "$ python " if block.startswith("$") else "python "
         for part in block[len(start) :].split("\n" + start) if block.startswith(start) else ():
@@ -1897,25 +1899,39 @@ EXERCISES = {  # number -> edits of the source, flags
         ["", "--steps 4000 --eval-every 4000"]),
     4: ([], ["--temperature 0.1", "--temperature 2"]),
     5: ([], ["--optimizer sgd", "--optimizer sgd --lr 0.3", "--optimizer sgd --lr 1"]),
-    6: ([], ["--corpus microgpt.py --stream --context 64 --batch-size 4"]),
-    7: ([], ["--val-fraction 0.99 --eval-every 4000 --steps 4000"]),
-    8: ([("rng.shuffle(docs)\n    whole", "docs.sort()\n    whole")], [""]),
-    9: ([("rng.gauss(0, 0.08)", "rng.gauss(0, 0.0)")], [""]),
-    10: ([
+    6: ([], ["--val-fraction 0.99 --eval-every 4000 --steps 4000"]),
+    7: ([("rng.shuffle(docs)\n    whole", "docs.sort()\n    whole")], [""]),
+    8: ([("rng.gauss(0, 0.08)", "rng.gauss(0, 0.0)")], [""]),
+    9: ([
         ("probabilities(row[: past + t + 1])", "probabilities(row)"),
         ("ps.append([row + [0.0] * (length - t - 1) for t, row in enumerate(shares)])", "ps.append(shares)"),
     ], [""]),
 }
 
-# Each mistake of the porting section, in its order: what of part one is replaced, and by what.
-MISTAKES = [
+INTERLEAVED = ("slice(start, start + size)", "slice(start // size, None, n_head)")
+MISTAKES = [  # each of the porting section, in its order: what of part one is replaced, and by what
+    [("            values.append(v.rows[t])\n", "            values.append(v.rows[t])\n"
+      "        for t, (keys, values) in enumerate(caches):\n")],
+    [("normed = x.rmsnorm()", "normed = x")],
+    [("hidden = x.rmsnorm()", "hidden = x")],
+    [('x.linear(w["lm_head"])', 'x.rmsnorm().linear(w["lm_head"])')],
+    [("    x = x.rmsnorm()", "    x = x")],
+    [("(dot(row, row) / len(row) + 1e-5)", "(dot(row, row) / len(row))")],
+    [("x = x + found", "x = normed + found")],
+    [(" / math.sqrt(size) for key in keys", " for key in keys")],
+    [("n_head: int = 4", "n_head: int = 1")],
+    [INTERLEAVED],
+    [("q.attention(k, v,", "k.attention(q, v,")],
+    [INTERLEAVED, ("range(start, start + size)", "range(start // size, size * n_head, n_head)"),
+     ("out.append(mixed)", "out.append([mixed[i % n_head * size + i // n_head] for i in range(len(mixed))])")],
+    [("add_up(losses) / len(losses)", "add_up(losses) / 16")],
     [("add_up(losses) / len(losses)", "add_up(losses)")],
     [("tokenizer.encode(doc) + [tokenizer.bos]", "tokenizer.encode(doc)")],
-    [("    x = x.rmsnorm()", "    x = x")],
-    [(" / math.sqrt(size) for key in keys", " for key in keys")],
-    [("(dot(row, row) / len(row) + 1e-5)", "(dot(row, row) / len(row))")],
-    [(" / m_share", ""), (" / v_share", "")],
+    [("beta1 ** (step + 1)", "beta1 ** (step + 2)"), ("beta2 ** (step + 1)", "beta2 ** (step + 2)")],
+    [("value.grad += slope", "value.grad = slope")],
+    [("(other.data, self.data))", "(other.data, 0.0 if self is other else self.data))")],
     [("(1.0 if self.data > 0 else 0.0,)", "(1.0,)")],
+    [(" / m_share", ""), (" / v_share", "")],
     [("(math.sqrt(v_hat) + eps)", "(math.sqrt(square[i]) + eps) * math.sqrt(v_share)")],
     [("(1 - step / steps)", "(1 - (step + 1) / steps)")],
     [("beta1=0.85", "beta1=0.9")], [("beta2=0.99", "beta2=0.999")],
@@ -1923,6 +1939,34 @@ MISTAKES = [
       "        total = grads if step == 0 else {name: [[a + b for a, b in zip(x, y)] "
       "for x, y in zip(total[name], rows)] for name, rows in grads.items()}\n        adam(weights, total,")],
 ]
+
+class Words(dict):
+    """The words of MT19937, as the porting section speaks of them."""
+    def __getitem__(self, i): return super().__getitem__(i % 624)
+    def __setitem__(self, i, word): super().__setitem__(i % 624, word % 2**32)
+
+def outputs(formulas):
+    """The outputs of MT19937, seeded with 42, by the formulas of the porting section."""
+    state = {"s": Words()}
+    begin, fill, mix, mix_back, wrap, end, pair, renew, *temper = [compile(f, f, "exec") for f in formulas]
+    exec(begin, state)
+    for i in range(1, 624):
+        exec(fill, state, {"i": i})
+    for k in range(624 + 623):
+        exec(mix if k < 624 else mix_back, state, {"i": k % 623 + 1})
+        if k % 623 == 622:
+            exec(wrap, state)
+    exec(end, state)
+    while True:
+        for i in range(624):
+            state["i"] = i
+            exec(pair, state)
+            exec(renew, state)
+        for i in range(624):
+            state["y"] = state["s"][i]
+            for formula in temper:
+                exec(formula, state)
+            yield state["y"]
 
 @unittest.skipUnless(os.path.exists(README), "needs README.md beside the tests")
 class TestReadme(Test):
@@ -1950,49 +1994,95 @@ class TestReadme(Test):
 
     def test_every_command_runs(self):
         commands = list(readme_commands())
-        self.assertGreater(len(commands), 12)
+        self.assertGreater(len(commands), 9)
         for i, (flags, _) in enumerate(commands, 2):
             short = f"--samples=1 --steps={i if '--resume' in flags else 2}".split()
             self.run_command(*flags, *short, *["--warmup-steps=0"] * ("--warmup-steps" in flags))
 
     def test_the_flags_are_those_that_there_are(self):
-        table, told = self.section("Flags").split("\n\n")[0], self.script("--help")[1]
+        table, told = self.section("Your own text").split("| flags |")[1], self.script("--help")[1]
         told = " ".join(re.findall(r"^  (--.*?)(?:  |$)", told, re.M))
         self.assertEqual(*[set(re.findall(r"--[a-z][a-z0-9-]+", text)) for text in (table, told)])
 
+    def test_the_snippets_name_the_matrices_that_there_are(self):
+        text, config = self.section("Taking the weights elsewhere"), Config(27)
+        table, first, second = text.split("```python\n")
+        for snippet in (first, second):
+            compile(snippet.split("```")[0], "README.md", "exec")
+        named = set(re.findall(r"[`.]((?:ln|attn|mlp|lm|w[tp])\w+)`", table))
+        for shapes in (microgpt.shapes(config), microgpt.gpt2_shapes(config)):
+            self.assertLessEqual({name.replace("layer0.", "").split(".")[0] for name in shapes}, named)
+
     def test_the_numbers_for_porting_are_those_of_the_shipped_names(self):
-        lines = self.run_command(*"--explain emma --samples 5 --trace run.jsonl".split())
+        lines = self.run_command(*"--explain emma --samples 5 --trace run.jsonl --save run".split())
         for line in self.section("What you see").split("```\n")[1].splitlines():
             self.assertIn(line, lines)
         explained = next(shown for flags, shown in readme_commands() if "--explain" in flags)
         self.assertEqual(explained, lines[-len(explained) :])
         trace, porting = self.trace(), self.section("Porting")
-        rows = re.findall(r"^\| (\d+) \| (\w+) \| (\S+) \| (\S+) \|$", porting, re.M)
-        self.assertEqual([int(row[0]) for row in rows], [*range(1, 11), 1000])
-        for step, name, loss, norm in rows:
-            line = trace[int(step) - 1]
-            self.assertEqual([name], line["documents"])
-            self.assertAlmostEqual(line["loss"], float(loss), 11)
-            self.assertAlmostEqual(line["gradient_norm"], float(norm), 10)
         a, b = Value(2.0), Value(-3.0)
         y = ((a * b + a**2).exp() + 1).log() / b
         microgpt.backward(y)
-        self.assertIn("y = log(exp(a * b + a ** 2) + 1) / b", " ".join(porting.split()))
-        docs, rng = SHIPPED[:], random.Random(42)
-        rng.shuffle(docs)
-        config = Config(CharTokenizer(docs).vocab_size)
-        (first,) = logits(Tensor, config, microgpt.initial_weights(config, rng), [26])
-        wanted = [y.data, a.grad, b.grad, *first[:3], sum(first), trace[0]["loss"], trace[0]["gradient_norm"]]
-        wanted += [sum(g * g for g in flat(rows)) for rows in trace[0]["gradients"].values()]
-        told = re.findall(r"-?\d+\.\d{6,}(?:e-\d+)?", porting.split("|---|---|\n")[1].split("\n\n")[0])
+        step_1, *steps = [trace[step - 1]["loss"] for step in (1, 2, 3, 10, 1000)]
+        wanted = [y.data, a.grad, b.grad, step_1, trace[0]["gradient_norm"], *steps]
+        wanted += self.values_on_the_tape(trace[0]["tokens"])
+        for flags in ("--batch-size 3", "--arch gpt2"):
+            self.run_command(*flags.split(), *"--steps 1 --trace other.jsonl".split())
+            wanted.append(self.trace("other.jsonl")[0]["loss"])
+        wanted += self.draws(porting)
+        text = re.sub("`[^`]*`", "", porting.replace(porting.split("\n\n")[5], ""))
+        told = [float(n.replace(",", "")) for n in re.findall(r"-?\d+\.\d{7,}|\d{10}|\d\d,\d{3}", text)]
         self.assertEqual(len(told), len(wanted))
-        for a, b in zip(map(float, told), wanted):
-            self.assertAlmostEqual(a / b, 1, 9)
+        for i, (number, right) in enumerate(zip(told, wanted)):
+            self.assertAlmostEqual(number, right, 10, i)
         samples = [line.split(": ")[1] for line in lines if line.startswith("sample")]
-        self.assertIn("{}, {}, {}, {} and {}".format(*samples), " ".join(porting.split()))
+        self.assertIn("{}, {}, {}, {} and {}".format(*samples), porting)
+        greedy = re.findall(r"^\| `(--temperature 0.*?)` \| each sample: (\w+)", porting, re.M)
+        for more, (flags, name) in zip(("--resume run --steps 0", ""), greedy):
+            self.assertEqual(self.run_command(*f"{flags} {more} --samples 1".split())[-1], f"sample  1: {name}")
+        self.assertEqual(len(greedy), 2)
+
+    def values_on_the_tape(self, batch):
+        """How many there are if a sum is one operation; if it is several; if / and - are one, too."""
+        config, sums, two = Config(27), [], []
+        w = {n: Matrix.wrap(rows) for n, rows in microgpt.initial_weights(config, random.Random(42)).items()}
+        add_up, power, negative = microgpt.add_up, Value.__pow__, Value.__neg__
+        patch = unittest.mock.patch.object
+        with patch(microgpt, "add_up", lambda values: sums.append(len(values)) or add_up(values)), \
+             patch(Value, "__pow__", lambda a, k: two.extend([k] * (k == -1)) or power(a, k)), \
+             patch(Value, "__neg__", lambda a: two.append(a) or negative(a)):
+            microgpt.mean_loss(config, w, batch)
+        count = len(microgpt.tape)
+        microgpt.tape.clear()
+        added = count + sum(n - 2 for n in sums)
+        return [count, added, added - len(two)]
+
+    def draws(self, porting):
+        """Outputs 1 to 3 after the weights, the first u, outputs 488 to 490, the 245th u."""
+        formulas = re.findall(r"`((?:s\[[i0]\]|y) \^?= [^`]+)`", porting)
+        out, docs, rng = outputs(formulas), SHIPPED[:], random.Random(42)
+        def u(a, b): return ((a >> 5) * 2**26 + (b >> 6)) / 2**53
+        for i in range(len(docs) - 1, 0, -1):
+            j = i + 1
+            while j > i:
+                j = next(out) >> 32 - (i + 1).bit_length()
+            docs[i], docs[j] = docs[j], docs[i]
+        shuffled = SHIPPED[:]
+        rng.shuffle(shuffled)
+        self.assertEqual(docs, shuffled)
+        weights = iter(flat(microgpt.initial_weights(Config(27), rng)))
+        for pair in zip(weights, weights):
+            u1, u2 = [u(next(out), next(out)) for _ in range(2)]
+            radius = 0.08 * math.sqrt(-2 * math.log(1 - u2))
+            for wave, right in zip((math.cos, math.sin), pair):
+                self.assertAlmostEqual(radius * wave(2 * math.pi * u1), right, 14)
+        self.assertIn(f"{rng.getstate()[1][-1]} after the weights", porting)
+        after = [next(out) for _ in range(490)]
+        self.assertEqual(after, [rng.getrandbits(32) for _ in range(490)])
+        return [*after[:3], u(*after[:2]), *after[487:], u(*after[488:])]
 
     def test_a_mistake_in_a_port_shows_as_it_is_told(self):
-        table = re.findall(r"^\| (\d) \| (\d+\.\d+) \| [^|]+ \|$", self.section("Porting"), re.M)
+        table = re.findall(r"\| (\d) \| (\d+\.\d+) \| [^|]+ (?=\|)", self.section("Porting"))
         self.assertEqual(len(table), len(MISTAKES))
         part_one = self.source[: self.source.index("# PART TWO")]
         right = self.first_losses(part_one, 3)
@@ -2021,12 +2111,12 @@ class TestReadme(Test):
         return out
 
     def test_the_exercises_fit_the_source(self):
-        items = re.split(r"^\d+\. ", self.section("Exercises"), flags=re.M)[1:]
+        items = re.findall(r"^\| \d \| .*", self.section("Exercises"), re.M)
         self.assertEqual(len(items), len(EXERCISES))
         for item, (edits, runs) in zip(items, EXERCISES.values()):
             self.file("microgpt.py", self.edited(edits, self.source))
             for _, new in edits:
-                self.assertIn(re.split("\n|  #", new)[0], " ".join(item.split()))
+                self.assertIn(re.split("\n|  #", new)[0], item)
             short = "--steps 2 --val-fraction 0.001 --div-warn 1e9 --samples 1 --batch-size 1"
             self.run_command(*runs[-1].split(), *short.split())
 
