@@ -1035,8 +1035,8 @@ def explain(run, ids):
     losses = [Tensor([row]).cross_entropy([target]).data for row, target in zip(rows, ids[1:])]
     for token, target, p, loss in zip(ids, ids[1:], map(probabilities, rows), losses):
         best = sorted(range(len(p)), key=lambda i: (-p[i], i))[:5]
-        best = "  ".join(f"{names[i]:>2.2} {p[i]:.3f}" for i in best)
-        print(f"{names[token]:5.5} {names[target]:5.5} {p[target]:.3f} {loss:6.3f} {loss / bit:6.3f} {best}")
+        five = "  ".join(f"{names[i]:>2.2} {p[i]:.3f}" for i in best)
+        print(f"{names[token]:5.5} {names[target]:5.5} {p[target]:.3f} {loss:6.3f} {loss / bit:6.3f} {five}")
     print(f"{'mean':17} {sum(losses) / n:6.3f} {sum(losses) / n / bit:6.3f}")
     head, width = "".join(names[i][0] for i in ids[:-1]), max(1, 73 // (n + 1))  # maps side by side
     for layer, first in product(range(run.config.n_layer), range(0, run.config.n_head, width)):
@@ -1097,7 +1097,7 @@ def begin_trace(path, run):
             file.write(json.dumps(facts).encode() + b"\n")
 
 def write_trace(path, run, batch, loss, grads):
-    """Write a line of JSON about the step that is to be made, the numbers in full precision."""
+    """Write a line of JSON about the step to be made; of the first, also all gradients and operations."""
     facts = {"step": run.step + 1, "documents": [run.tokenizer.decode(ids) for ids in batch], "tokens": batch,
              "loss": loss, "learning_rate": learning_rate(run.args, run.step), "gradient_norm": norm(grads)}
     if run.step == 0:
@@ -1125,7 +1125,7 @@ def draw(logits, temperature, top_k, rng):
 def generate(run, rng):
     """Return the prompt and what the model adds to it: up to --max-tokens tokens, or until BOS."""
     args, tokenizer, size = run.args, run.tokenizer, run.config.block_size
-    past = run.edge + tokenizer.encode(args.prompt) or [tokenizer.ids.get("\n", 0)]
+    past = run.edge + tokenizer.encode(args.prompt) or [tokenizer.ids.get("\n", 0)]  # a new line
     w, cache = run.wrap(ENGINES[args.engine]), new_cache(run.config)
     begin, new, position = len(past), past[:], 0
     for _ in range(args.max_tokens or size):
@@ -1187,7 +1187,7 @@ def prepare(args, run):
     tokenizer.encode(args.prompt + (args.explain or ""))  # refuses what the model cannot know
     return run, docs, held_out
 
-def batch_at(run, docs, size):
+def next_batch(run, docs, size):
     """Return the next batch: documents, cut after block_size + 1 tokens, or pieces of a stream that long."""
     length = run.config.block_size + 1
     if run.args.stream:
@@ -1223,7 +1223,7 @@ def train(run, docs, held_out, signals):
     signals.training = True
     try:
         while run.step < args.steps and not signals.caught:
-            batch = batch_at(run, docs, args.batch_size)
+            batch = next_batch(run, docs, args.batch_size)
             loss, grads = workers.loss_and_grads(run.config, run.weights, batch)
             print(f"step {run.step + 1:4d} / {args.steps:4d} | loss {loss:.4f}", end="\r")
             if not math.isfinite(loss):
