@@ -1260,8 +1260,8 @@ class TestInterruptions(Long):
         process = self.start_run("--engine scalar --context 150 --save run", "step +1 ")
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGTERM)
-        self.assertEqual((process.wait(), process.stderr.read()), (143, b""))
-        self.assertFalse(os.path.exists("run"))
+        self.assertIn(process.wait(), (130, 143))  # where both arrive together, either may come first
+        self.assertEqual((process.stderr.read(), os.path.exists("run")), (b"", False))
 
     def test_a_signal_outside_of_training_ends_at_once(self):
         self.file("long.txt", "".join(random.Random(1).choices("abcdefghijklmnopqrstuvwxyz", k=1_000_000)))
