@@ -398,8 +398,11 @@ def require(condition, what, error=UserError):
 # is the dot product of a row and a column. The columns of W^T are the rows of W: X W^T is matmul(x, w).
 
 sumprod = getattr(math, "sumprod", lambda a, b: sum(map(mul, a, b)))  # math has it from Python 3.12 on
-def columns(rows): return list(zip(*rows))  # and these are the rows of the transpose
-def add_rows(x, y): return [list(map(add, a, b)) for a, b in zip(x, y)]
+def columns(rows):
+    return list(zip(*rows))  # and these are the rows of the transpose
+
+def add_rows(x, y):
+    return [list(map(add, a, b)) for a, b in zip(x, y)]
 
 def probabilities(scores):
     """Return the softmax of floats."""
@@ -416,9 +419,12 @@ class Tensor:
             tape.append(self)
 
     @classmethod
-    def wrap(cls, rows): return cls(rows)
-    def result(self, data, rule): return type(self)(data, rule)
-    def backprop(self): self.rule(self.grad)
+    def wrap(cls, rows):
+        return cls(rows)
+    def result(self, data, rule):
+        return type(self)(data, rule)
+    def backprop(self):
+        self.rule(self.grad)
 
     def receive(self, grad):
         """Add to the gradient. Rows already received never change, since others may hold them."""
@@ -430,7 +436,8 @@ class Tensor:
         return [[sumprod(row, column) for column in columns] for row in rows]
 
     @classmethod
-    def matmuls(cls, many_rows, many_columns): return list(map(cls.matmul, many_rows, many_columns))
+    def matmuls(cls, many_rows, many_columns):
+        return list(map(cls.matmul, many_rows, many_columns))
 
     # A row of the table goes wherever its id is, so its gradient is the sum of theirs.
     def embed(self, ids):
@@ -478,8 +485,8 @@ class Tensor:
     # For each document and head, y = P V, where P is the softmax of S = Q K^T / sqrt(size). As in linear,
     # dV = P^T g and dP = g V^T, and up to sqrt(size), dQ = dS K and dK = dS^T Q. For the softmax: raising
     # s[i] by h raises p[i] by h p[i], and making the sum 1 again lowers every p[j] by h p[j] p[i]. So ds[i]
-    # is p[i] (dp[i] - the sum of all p[j] dp[j]). Keys and values from earlier calls are constants. The rows
-    # of a document must stand together.
+    # is p[i] (dp[i] - the sum of all p[j] dp[j]). The rows of a document must stand together. The rule is for
+    # caches that were empty before; only sampling goes on from earlier calls.
     def attention(self, k, v, n_head, caches):
         size = len(self.data[0]) // n_head
         heads = [slice(h * size, (h + 1) * size) for h in range(n_head)]
@@ -488,13 +495,12 @@ class Tensor:
 
         def split(many):  # rows of each document -> a matrix for each document and head
             return [[row[head] for row in rows] for rows in many for head in heads]
-        def join(parts):  # and back to one matrix, leaving out the rows of earlier calls
-            out = []
-            for i, span in enumerate(spans):
-                new = [part[span.start - span.stop :] for part in parts[i * n_head : (i + 1) * n_head]]
-                out += [list(chain(*rows)) for rows in zip(*new)]
-            return out
-        def scaled(rows): return [[a / math.sqrt(size) for a in row] for row in rows]
+        def join(parts):  # and back to one matrix
+            documents = [parts[i : i + n_head] for i in range(0, len(parts), n_head)]
+            return [list(chain(*rows)) for parts in documents for rows in zip(*parts)]
+        def scaled(rows):
+            return [[a / math.sqrt(size) for a in row] for row in rows]
+
         for span in spans:
             keys, values = caches[span.start]
             keys += k.data[span]
@@ -513,10 +519,12 @@ class Tensor:
             for p, dp in zip(ps, self.matmuls(gs, vs)):
                 means = map(sumprod, p, dp)
                 dss.append([[a * (b - mean) for a, b in zip(x, y)] for x, y, mean in zip(p, dp, means)])
-            dsts = list(map(columns, dss))
-            self.receive(scaled(join(self.matmuls(dss, map(columns, ks)))))
-            k.receive(join(self.matmuls(dsts, map(columns, qs))))
-            v.receive(join(self.matmuls(map(columns, ps), map(columns, gs))))
+            dqs = self.matmuls(dss, map(columns, ks))
+            dks = self.matmuls(map(columns, dss), map(columns, qs))
+            dvs = self.matmuls(map(columns, ps), map(columns, gs))
+            self.receive(scaled(join(dqs)))
+            k.receive(join(dks))
+            v.receive(join(dvs))
         out = self.result(join(self.matmuls(ps, map(columns, vs))), rule)
         out.shares = ps  # for --explain
         return out
@@ -583,7 +591,8 @@ def fast_adam(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8, 
     d is the same as multiplying lr by c / d and eps by c."""
     new1, new2, sqrt = 1 - beta1, 1 - beta2, math.sqrt
     c = sqrt(1 - beta2 ** (step + 1))
-    lr, eps = lr * c / (1 - beta1 ** (step + 1)), eps * c
+    lr *= c / (1 - beta1 ** (step + 1))
+    eps *= c
     for w, g, mean, square in rows_of(weights, grads, m, v):
         for i in range(len(w)):
             gi = g[i]
@@ -649,10 +658,9 @@ class BPETokenizer(CharTokenizer):
 
     def merge(self, docs):
         """Return documents as strings of chr(id), after the merges, made in the order they were learned."""
-        try:
-            text = BETWEEN.join(["".join([chr(self.ids[char]) for char in doc]) for doc in docs])
-        except KeyError as error:
-            raise UserError(f"no document has the character {error}, so the model cannot know it") from None
+        for char in sorted(set("".join(docs))):
+            require(char in self.ids, f"no document has the character {char!r}, so the model cannot know it")
+        text = BETWEEN.join(["".join([chr(self.ids[char]) for char in doc]) for doc in docs])
         for new, (left, right) in enumerate(self.merges, len(self.ids)):
             text = text.replace(chr(left) + chr(right), chr(new))
         return text.split(BETWEEN) if docs else []
@@ -680,9 +688,12 @@ def gpu_matmuls():
 class VulkanTensor(FastTensor):
     """The engine `vulkan`: a FastTensor with its large products on the GPU."""
     @classmethod
-    def matmul(cls, rows, columns): return cls.matmuls([rows], [columns])[0]
+    def matmul(cls, rows, columns):
+        return cls.matmuls([rows], [columns])[0]
+
     @classmethod
-    def matmuls(cls, many_rows, many_columns): return gpu_matmuls()(list(many_rows), list(many_columns))
+    def matmuls(cls, many_rows, many_columns):
+        return gpu_matmuls()(list(many_rows), list(many_columns))
 
 ENGINES = {"scalar": Matrix, "tensor": FastTensor, "vulkan": VulkanTensor}
 
@@ -692,16 +703,11 @@ ENGINES = {"scalar": Matrix, "tensor": FastTensor, "vulkan": VulkanTensor}
 # so the workers are processes, from a pool in the standard library. Only this process moves the weights.
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-def mask_signals(how): hasattr(signal, how) and signal.pthread_sigmask(getattr(signal, how), STOPS)  # on Unix
 
 def start_worker():
     """Set up a worker: it leaves signals to its parent and ends when the parent does."""
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()  # signals to the parent's group do not come here, so SIGTERM is the pool's own
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        mask_signals("SIG_UNBLOCK")
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 def end_with_parent():
@@ -709,12 +715,13 @@ def end_with_parent():
     multiprocessing.parent_process().join()
     os._exit(1)
 
-def count_predictions(batch): return sum(len(tokens) - 1 for tokens in batch)  # all but the first tokens
+def count_predictions(batch):
+    return sum(len(tokens) - 1 for tokens in batch)  # all but the first tokens
 
 class Workers:
     """Processes that share the work of loss_and_grads. If n is 1, there are none."""
     def __init__(self, n, engine, model=gpt):
-        self.n, self.engine, self.model, self.others = n, engine, model, threading.enumerate()
+        self.n, self.engine, self.model = n, engine, model
         if n > 1:
             context = multiprocessing.get_context("spawn" if engine is VulkanTensor else None)
             self.pool = concurrent.futures.ProcessPoolExecutor(n, context, start_worker)
@@ -725,11 +732,9 @@ class Workers:
         if self.n == 1:
             return loss_and_grads(config, weights, batch, self.engine, self.model)
         loss, grads, shares = 0.0, zeros(weights), [batch[i :: self.n] for i in range(self.n)]
-        work = [(loss_and_grads, config, weights, share, self.engine, self.model) for share in shares]
         try:
-            mask_signals("SIG_BLOCK")  # until new workers ignore them
-            futures = [self.pool.submit(*call) for call in work]
-            mask_signals("SIG_UNBLOCK")
+            futures = [self.pool.submit(loss_and_grads, config, weights, share, self.engine, self.model)
+                       for share in shares]
             for share, future in zip(shares, futures):
                 part = count_predictions(share) / count_predictions(batch)
                 share_loss, share_grads = future.result(patience)
@@ -742,20 +747,17 @@ class Workers:
 
     def stop(self):
         """End all workers, whatever they are doing."""
-        mask_signals("SIG_UNBLOCK")
         if self.n > 1:
             for process in multiprocessing.active_children():
                 process.kill()
             self.pool.shutdown(wait=False, cancel_futures=True)
-            for thread in set(threading.enumerate()) - set(self.others):  # those of the pool, which end now
-                thread.join(1)
 
 # PART THREE: A TOOL FOR EVERY DAY =========================================================================
 
-import argparse, glob, json, shutil, struct, time
+import argparse, json, shutil, struct, time
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import islice, product
+from glob import glob
 from pathlib import Path
 
 # 14. GPT-2 as published -----------------------------------------------------------------------------------
@@ -788,8 +790,7 @@ def gelu(x):
     return x * (1 + t) / 2, (1 + t + x * (1 - t * t) * c * (1 + 3 * k * x * x)) / 2
 
 def gelu_matrix(x):
-    rows = [[(a, *gelu(a.data)) for a in row] for row in x.rows]
-    return Matrix([[Value(y, (a,), (slope,)) for a, y, slope in row] for row in rows])
+    return Matrix([[Value(gelu(a.data)[0], (a,), gelu(a.data)[1:]) for a in row] for row in x.rows])
 
 def gelu_tensor(x):
     results = [[gelu(a) for a in row] for row in x.data]
@@ -903,7 +904,7 @@ def reporting(what):
 def replace_file(path, parts):
     """Write parts of bytes into a new file, which then takes the place of `path`."""
     target = os.path.realpath(path)  # for a link, replace its target
-    part = os.path.join(os.path.dirname(target), f"{os.getpid()}.{time.time_ns()}.part")  # no other's name
+    part = f"{target}.{os.getpid()}.{time.time_ns()}.part"  # a name that no other process uses
     with reporting(f"cannot save {path}"):
         try:
             with open(part, "xb") as file:  # x: never through a link or into an existing file
@@ -931,29 +932,33 @@ def write_safetensors(path, tensors, metadata):
     replace_file(path, chain([len(text).to_bytes(8, "little"), text], numbers))
 
 def read_safetensors(path):
-    """Return name -> rows of floats, and the metadata. No more is read than the size of the file allows."""
-    require(not Path(path).is_fifo(), "it is not a file")
+    """Yield a dictionary from the name of each matrix to its shape, and the metadata; then each name and its
+    rows. So a caller can refuse a file before its numbers fill the memory."""
     with open(path, "rb") as file:
         size, length = os.fstat(file.fileno()).st_size - 8, int.from_bytes(file.read(8), "little")
         require(length <= size, "it is cut short, or no .safetensors file")
-        header, tensors, end = json.loads(file.read(length)), {}, 0
+        header, end = json.loads(file.read(length)), 0
         metadata = header.pop("__metadata__", {})
-        last = max([entry["data_offsets"][1] for entry in header.values()] + [0])
-        require(last == size - length, "it is cut short, or too long")
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        for name, entry in entries:
             shape, dtype = entry["shape"], entry["dtype"]
             require(dtype in ("F32", "F64"), f"it holds {dtype}; F32 and F64 are read")
             require(len(shape) in (1, 2) and all(type(n) is int and n > 0 for n in shape), f"shape {shape}")
             start, end = end, end + math.prod(shape) * int(dtype[1:]) // 8
             require(entry["data_offsets"] == [start, end], f"{name} is out of place")
-            row = struct.Struct(f"<{shape[-1]}{'f' if dtype == 'F32' else 'd'}")
-            tensors[name] = [list(numbers) for numbers in row.iter_unpack(file.read(end - start))]
-            require(all(map(math.isfinite, chain(*tensors[name]))), f"{name} has a number that is not finite")
-    return tensors, metadata
+        require(end == size - length, "it is cut short, or too long")
+        yield {name: (1, *entry["shape"])[-2:] for name, entry in entries}, metadata
+        for name, entry in entries:
+            row = struct.Struct(f"<{entry['shape'][-1]}{'f' if entry['dtype'] == 'F32' else 'd'}")
+            numbers = file.read(math.prod(entry["shape"]) * int(entry["dtype"][1:]) // 8)
+            rows = [list(row) for row in row.iter_unpack(numbers)]
+            require(all(map(math.isfinite, chain(*rows))), f"{name} has a number that is not finite")
+            yield name, rows
+
+OVERFLOW = "the model's numbers have overflowed: train it with a lower --lr"
 
 class Run:
     """A training run: its flags and all it needs to go on. Without weights, it draws new ones."""
-    FIELDS = "flags", "characters", "merges", "step", "recent", "random"  # of the metadata
     def __init__(self, args, tokenizer, rng, weights=None):
         self.args, self.tokenizer, self.rng = args, tokenizer, rng
         self.edge = [] if args.stream else [tokenizer.bos]  # what stands before and after a document
@@ -966,9 +971,9 @@ class Run:
 
     def facts(self):
         """Return what describes the run, beside its numbers."""
-        values = (as_argv(self.args), "".join(self.tokenizer.ids), self.tokenizer.merges, self.step,
-                  self.recent, self.rng.getstate(), vars(self.config))
-        return dict(zip([*self.FIELDS, "config"], values))
+        return {"flags": as_argv(self.args), "characters": "".join(self.tokenizer.ids),
+                "merges": self.tokenizer.merges, "step": self.step, "recent": self.recent,
+                "random": self.rng.getstate(), "config": vars(self.config)}
 
     def save(self):
         """Write the checkpoint, if there is to be one. Raises ArithmeticError if it would be useless."""
@@ -977,42 +982,47 @@ class Run:
         tensors = {**self.weights}
         for name in self.weights:
             tensors |= {"optimizer.m." + name: self.m[name], "optimizer.v." + name: self.v[name]}
-        if not all(all(map(math.isfinite, row)) for (row,) in rows_of(tensors)):
-            raise ArithmeticError(f"the weights have overflowed at step {self.step}: try a lower --lr")
+        finite = all(all(map(math.isfinite, row)) for (row,) in rows_of(tensors))
+        require(finite, f"at step {self.step}, {OVERFLOW}", ArithmeticError)
         metadata = {name: json.dumps(value) for name, value in self.facts().items()}
         write_safetensors(self.args.save, tensors, {"format": "pt", **metadata})
         self.saved = f"step {self.step} is saved in {self.args.save}"
 
+def read_facts(shapes, metadata):
+    """Return a Run, still without weights, from what a checkpoint says before its numbers."""
+    facts = []
+    for name in "flags", "characters", "merges", "step", "recent", "random":
+        require(name in metadata, f"it was not saved by this program: no {name} in its metadata")
+        facts.append(json.loads(metadata[name]))
+    flags, characters, merges, step, recent, state = facts
+    args = make_parser(add_help=False).parse_args(flags)
+    require(set(flags) <= set(as_argv(args)) and args.layers <= len(shapes), "its flags")
+    lengths = [1] * len(characters)
+    for left, right in merges:  # a few of them can make vast tokens
+        lengths.append(min(lengths[left] + lengths[right], 10**8))
+    require(sum(lengths) < 10**8 and min(chain([0], *merges)) == 0, "its merges")
+    tokenizer, rng = BPETokenizer(characters, merges), random.Random()
+    rng.setstate((state[0], tuple(state[1]), state[2]))
+    run = Run(args, tokenizer, rng, {})
+    run.step, run.recent = int(step), list(map(float, recent))
+    require(0 <= run.step < 10**12 and all(0 <= loss < 1e9 for loss in run.recent), "its step or losses")
+    weights = run.shapes(run.config)
+    means = {f"optimizer.{mean}.{name}": shape for mean in "mv" for name, shape in weights.items()}
+    require(shapes in (weights, {**weights, **means}), "its matrices are not those of its model")
+    return run
+
 def load(path):
     """Return the Run in a checkpoint. Raises UserError if the file is not a sound one."""
     with reporting(f"cannot read {path}"):
-        tensors, metadata = read_safetensors(path)
-        for name in Run.FIELDS:
-            require(name in metadata, f"it was not saved by this program: no {name} in its metadata")
-        flags, characters, merges, step, recent, state = [json.loads(metadata[name]) for name in Run.FIELDS]
-        require(not any(flag.startswith(("-h", "--help")) for flag in flags), "its flags")
-        args = make_parser().parse_args(flags)
-        require(set(flags) <= set(as_argv(args)) and args.layers <= len(tensors), "its flags")
-        lengths, total = [1] * len(characters), 0
-        for left, right in merges:  # a few of them can make vast tokens
-            lengths.append(lengths[left] + lengths[right])
-            total += lengths[-1]
-            require(min(left, right) >= 0 and total < 5 * 10**7, "its merges")
-        tokenizer, rng = BPETokenizer(characters, merges), random.Random()
-        require("".join(tokenizer.ids) == characters, "its characters")
-        rng.setstate((state[0], tuple(state[1]), state[2]))
-        weights = {name: rows for name, rows in tensors.items() if not name.startswith("optimizer.")}
-        run = Run(args, tokenizer, rng, weights)
-        if len(tensors) > len(weights):  # a file of weights alone has no running means
-            run.m = {name: tensors.pop("optimizer.m." + name) for name in weights}
-            run.v = {name: tensors.pop("optimizer.v." + name) for name in weights}
-        for part in weights, run.m, run.v:
-            found = {name: (len(rows), len(rows[0])) for name, rows in part.items()}
-            fit = found == run.shapes(run.config) and len(tensors) == len(weights)
-            require(fit, "its matrices are not those of its model")
+        content = read_safetensors(path)
+        run = read_facts(*next(content))
+        tensors = dict(content)
+        run.weights = {name: tensors[name] for name in run.shapes(run.config)}
+        run.m, run.v = zeros(run.weights), zeros(run.weights)
+        if len(tensors) > len(run.weights):  # a file of weights alone has no running means
+            run.m = {name: tensors["optimizer.m." + name] for name in run.weights}
+            run.v = {name: tensors["optimizer.v." + name] for name in run.weights}
         require(all(min(row) >= 0 for (row,) in rows_of(run.v)), "a mean of squares is below 0")
-        run.step, run.recent = int(step), list(map(float, recent))
-        require(0 <= run.step < 10**12 and all(map(math.isfinite, run.recent)), "its step or losses")
         run.saved = f"step {run.step} is saved in {path}"
         return run
 
@@ -1023,67 +1033,58 @@ def load(path):
 
 def explain(run, ids):
     """Print what a model makes of some tokens."""
-    shades = "·░▒▓█" if "utf" in (sys.stdout.encoding or "").lower() else ".:+*#"
     names = [repr(token)[1:-1].replace(" ", "_") for token in run.tokenizer.tokens] + ["^"]
     w, n, bit = run.wrap(FastTensor), len(ids) - 1, math.log(2)
     rows = run.model(run.config, w, ids[:-1], range(n), [new_cache(run.config)] * n).data
     layers = [out.shares for out in tape if hasattr(out, "shares")]  # of each layer: those of its heads
-    tape.clear()
-    for row in chain(rows, *chain(*layers)):
-        draw(row, 0, 0, None)  # refuses numbers that have overflowed
-    print(f"{'token':6}{'next':6}    p   nats   bits the five likeliest (^ is BOS, _ a space)")
     losses = [Tensor([row]).cross_entropy([target]).data for row, target in zip(rows, ids[1:])]
+    tape.clear()
+    require(math.isfinite(sum(losses)), OVERFLOW, ArithmeticError)
+    print(f"{'token':6}{'next':6}    p   nats   bits the five likeliest (^ is BOS, _ a space)")
     for token, target, p, loss in zip(ids, ids[1:], map(probabilities, rows), losses):
         best = sorted(range(len(p)), key=lambda i: (-p[i], i))[:5]
         five = "  ".join(f"{names[i]:>2.2} {p[i]:.3f}" for i in best)
         print(f"{names[token]:5.5} {names[target]:5.5} {p[target]:.3f} {loss:6.3f} {loss / bit:6.3f} {five}")
     print(f"{'mean':17} {sum(losses) / n:6.3f} {sum(losses) / n / bit:6.3f}")
-    head, width = "".join(names[i][0] for i in ids[:-1]), max(1, 73 // (n + 1))  # maps side by side
-    for layer, first in product(range(run.config.n_layer), range(0, run.config.n_head, width)):
-        some = layers[layer][first : first + width]
-        print(f"\nlayer {layer}, heads {first} to {first + len(some) - 1}: where each row looks, "
-              f"from {shades[0]} under 1/8 to {shades[-1]} over 7/8\n{'':7}{' '.join([head] * len(some))}")
-        for t, rows in enumerate(zip(*some)):
-            cells = ["".join(shades[round(p * 4)] for p in row[: t + 1]).ljust(n) for row in rows]
+    text = " " + "".join(names[i][0] for i in ids[:-1])
+    for layer, heads in enumerate(layers):
+        print(f"\nlayer {layer}, each head: where a row looks, from · under 1/8 to █ over 7/8")
+        print(" " * 6 + text * len(heads))
+        for t, rows in enumerate(zip(*heads)):
+            cells = ["".join("·░▒▓█"[round(p * 4)] for p in row[: t + 1]).ljust(n) for row in rows]
             print(f"{names[ids[t]]:6.6} {' '.join(cells)}".rstrip())
 
-STYLE = """<style>svg { color: #333; font: 12px monospace } rect { fill: #fff } text { fill: currentColor }
-path, polyline { fill: none; stroke: currentColor; stroke-width: 1.5 } .grid { stroke-opacity: 0.15 }
-.loss { color: #7a8494; stroke-width: 1 } .mean { color: #2f81f7 } .validation { color: #e0790b }
-@media (prefers-color-scheme: dark) { svg { color: #ddd } rect { fill: #16191d } }</style>"""
+STYLE = """<style>svg { color-scheme: light dark; background: Canvas; color: CanvasText }
+text { fill: currentColor; font: 12px monospace } polyline { fill: none; stroke: currentColor }
+.grid, .loss { stroke-opacity: 0.3 } .mean { color: #2f81f7 } .validation { color: #e0790b }</style>"""
 
-def round_ticks(low, high, number):
-    """Return about `number` multiples of 1, 2 or 5 times a power of ten from low to high."""
-    power = 10.0 ** math.floor(math.log10((high - low) / number))
-    gap = next(unit * power for unit in (1, 2, 5, 10) if unit * power * number >= high - low)
+def round_ticks(low, high):
+    """Return the multiples of 1, 2 or 5 times a power of ten from low to high, eleven of them at most."""
+    power = 10.0 ** math.floor(math.log10(high - low))
+    gap = next(gap for gap in (power / 5, power / 2, power) if high - low <= 10 * gap)
     return [i * gap for i in range(math.ceil(low / gap), math.floor(high / gap) + 1)]
 
-def loss_plot(title, losses, validations):
-    """Return an SVG picture of (step, loss). What is far above the usual runs along the upper edge."""
-    losses, validations = [[(x, y) for x, y in curve if abs(y) < 1e99] for curve in (losses, validations)]
-    points = losses + validations or [(0, 0.0)]
-    (first, last), usual = (min(points)[0], max(points)[0] + 1), sorted(y for _, y in points)
-    low, high = usual[0], usual[len(usual) * 99 // 100] * 1.1 + 1e-3
+def loss_plot(losses, validations):
+    """Return an SVG picture of (step, loss)."""
     mean, means = 0.0, []
-    for i, (x, y) in enumerate(losses):  # a running mean over about a thirtieth of the curve
-        mean += (y - mean) / min(i + 1, len(losses) // 30 + 1)
-        means.append((x, mean))
+    for i, (step, loss) in enumerate(losses):  # a running mean over about a thirtieth of the steps
+        mean += (loss - mean) / min(i + 1, len(losses) // 30 + 1)
+        means.append((step, mean))
+    points = losses + validations or [(0, 0.0)]
+    (first, low), (last, high) = map(min, zip(*points)), map(max, zip(*points))
+    last, high = last + 1, high * 1.01 + 1e-3  # beyond the first and the lowest, even for one point
 
     def place(x, y):
-        return 70 + 700 * (x - first) / (last - first), 450 - 380 * (min(y, high) - low) / (high - low)
-    def text(x, y, what, anchor="middle"):
-        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{what}</text>'
-
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 500">', STYLE,
-           '<rect width="800" height="500"/>', text(420, 25, title), text(420, 490, "step")]
-    for y in round_ticks(low, high, 8):
-        at = place(first, y)[1]
-        svg += [f'<path class="grid" d="M70,{at:.1f}H770"/>', text(62, at + 4, f"{y:.10g}", "end")]
-    svg += [text(place(x, low)[0], 470, f"{x:.10g}") for x in round_ticks(first, last, 7) if x % 1 == 0]
+        return f"{70 + 700 * (x - first) / (last - first):.1f},{450 - 400 * (y - low) / (high - low):.1f}"
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 500">', STYLE]
+    for y in round_ticks(low, high):
+        svg += [f'<polyline class="grid" points="{place(first, y)} {place(last, y)}"/>',
+                f'<text transform="translate({place(first, y)})" x="-50" y="4">{y:.6g}</text>']
+    svg += [f'<text transform="translate({place(x, low)})" x="-9" y="20">{x:g}</text>'
+            for x in round_ticks(first, last) if x % 1 == 0]
     for x, name, curve in (250, "loss", losses), (370, "mean", means), (490, "validation", validations):
-        line = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in curve[:: len(curve) // 2000 + 1])
-        svg += [f'<polyline class="{name}" points="{line}"/>', f'<path class="{name}" d="M{x},50h24"/>',
-                text(x + 30, 54, name, "start")]
+        line = " ".join(place(*point) for point in curve)
+        svg.append(f'<g class="{name}"><polyline points="{line}"/><text x="{x}" y="30">{name}</text></g>')
     return "\n".join([*svg, "</svg>\n"])
 
 def begin_trace(path, run):
@@ -1114,8 +1115,8 @@ def write_trace(path, run, batch, loss, grads):
 
 def draw(logits, temperature, top_k, rng):
     """Return a token id, one of the top_k likeliest (0: of all). Temperature 0 takes the likeliest."""
-    finite, top = all(map(math.isfinite, logits)), max(logits)
-    require(finite, "the model's numbers have overflowed: train it with a lower --lr", ArithmeticError)
+    require(all(map(math.isfinite, logits)), OVERFLOW, ArithmeticError)
+    top = max(logits)
     if temperature == 0:
         return logits.index(top)
     least = sorted(logits)[-top_k] if 0 < top_k < len(logits) else -math.inf
@@ -1147,8 +1148,7 @@ def load_corpus(args, rng):
     default = "input.txt" if os.path.exists("input.txt") else str(Path(__file__).with_name("input.txt"))
     for pattern in args.corpus or [default]:
         with reporting(f"cannot read {pattern}"):
-            names = [] if os.path.exists(pattern) else glob.iglob(pattern, recursive=True)
-            found = list(islice(names, 10_000))
+            found = [] if os.path.exists(pattern) else glob(pattern, recursive=True)
         paths.update(map(os.path.normpath, found or [pattern]))
     for path in sorted(paths):
         with reporting(f"cannot read {path}"):
@@ -1172,8 +1172,6 @@ def prepare(args, run):
     if args.vocab_size and not run:
         merges = learn_merges(tokenizer.merge(docs), args.vocab_size, len(tokenizer.tokens))
         tokenizer = BPETokenizer(tokenizer.tokens, merges)
-        if len(merges) < args.vocab_size:
-            warn(f"note: after {len(merges)} merges no pair of tokens occurs twice")
     print(f"vocab size: {tokenizer.vocab_size}")
     run = run or Run(args, tokenizer, rng)
     print(f"num params: {sum(len(row) for (row,) in rows_of(run.weights))}")
@@ -1205,6 +1203,7 @@ def validate(run, held_out):
         total += mean_loss(run.config, w, [ids], run.model).data * (len(ids) - 1)
         tape.clear()
     loss, validation = sum(run.recent) / len(run.recent), total / count_predictions(held_out)
+    require(math.isfinite(validation), OVERFLOW, ArithmeticError)
     run.recent.clear()
     print(f"step {run.step:4d} / {args.steps:4d} | loss {loss:.4f} on average | validation {validation:.4f}")
     above = (validation / max(loss, 1e-9) - 1) * 100  # much of it shows that the model has begun to memorize
@@ -1226,13 +1225,12 @@ def train(run, docs, held_out, signals):
             batch = next_batch(run, docs, args.batch_size)
             loss, grads = workers.loss_and_grads(run.config, run.weights, batch)
             print(f"step {run.step + 1:4d} / {args.steps:4d} | loss {loss:.4f}", end="\r")
-            if not math.isfinite(loss):
-                raise ArithmeticError(f"the loss of step {run.step + 1} is {loss}: try a lower --lr")
+            require(math.isfinite(loss), f"at step {run.step + 1}, {OVERFLOW}", ArithmeticError)
             if args.trace:
                 write_trace(args.trace, run, batch, loss, grads)
             clipped = clip(grads, args.clip_grad) if args.clip_grad else grads
-            settings = {**vars(args), "lr": learning_rate(args, run.step)}
-            OPTIMIZERS[args.optimizer](run.weights, clipped, run.m, run.v, run.step, **settings)
+            settings = {**vars(args), "step": run.step, "lr": learning_rate(args, run.step)}
+            OPTIMIZERS[args.optimizer](run.weights, clipped, run.m, run.v, **settings)
             run.step += 1
             losses.append((run.step, loss))
             if held_out:
@@ -1248,8 +1246,7 @@ def train(run, docs, held_out, signals):
                     warn(f"warning: {error}")
             if sys.stderr.isatty():
                 rate = (run.step - first) / (time.perf_counter() - begin)
-                left = round((args.steps - run.step) / rate)
-                text = f"\x1b[40C{rate:.3g} steps/s, {left // 60}:{left % 60:02d} left\x1b[K"
+                text = f"\x1b[40C{rate:.3g} steps/s, {(args.steps - run.step) / rate:.0f} s left\x1b[K"
                 print(text, end="\r", file=sys.stderr)  # to the right of the loss
         run.save()
     except (RuntimeError, OSError, MemoryError):
@@ -1259,14 +1256,14 @@ def train(run, docs, held_out, signals):
     finally:
         workers.stop()
         if args.plot:
-            replace_file(args.plot, [loss_plot(f"microgpt, {run.step} steps", losses, validations).encode()])
+            replace_file(args.plot, [loss_plot(losses, validations).encode()])
     signals.training = False
     if signals.caught:
         raise KeyboardInterrupt
 
 class UsageError(UserError): status = 2
 class Parser(argparse.ArgumentParser):
-    def error(self, message): raise UsageError(message if len(message) < 160 else message[:100] + "...")
+    def error(self, message): raise UsageError(message[:120])
 def warn(message): print(f"microgpt: {message}", file=sys.stderr)
 
 def number(kind, low, high, text):
@@ -1274,10 +1271,9 @@ def number(kind, low, high, text):
     with suppress(ValueError):
         if low <= kind(text) < high:
             return kind(text)
-    what = "a whole number" if kind is int else "a number"
-    raise argparse.ArgumentTypeError(f"must be {what} from {low} to below {high:g}, not {text[:100]!r}")
+    whole = "whole " * (kind is int)
+    raise argparse.ArgumentTypeError(f"{text[:100]!r} is no {whole}number from {low} to below {high:g}")
 
-# The type of a flag, by the word that stands for its value in the table.
 KINDS = {"N": (int, 0, 10**12), "COUNT": (int, 1, 10**9), "SHARE": (float, 0, 1), "X": (float, 0, math.inf)}
 FLAGS = """
 basics   --corpus GLOB                    | text files, a document per line; repeatable (input.txt)
@@ -1299,11 +1295,9 @@ training --optimizer sgd|momentum|rmsprop|adam|adamw | what moves the weights = 
          --beta2 SHARE                    | how long it remembers their squares = 0.99
          --eps X                          | keeps it from dividing by 0 = 1e-08
          --weight-decay X                 | adamw: how hard it pulls weights to 0 = 0.01
-         --schedule linear|cosine|constant | how the learning rate falls = linear
-         --cosine                         | --schedule cosine
+         --schedule linear|cosine|constant | how the learning rate falls; --cosine for short = linear
          --warmup-steps N                 | steps in which it rises first = 0
-         --clip-grad X                    | the largest norm allowed for all gradients together, 0: any = 0
-         --no-clip-grad                   | --clip-grad 0
+         --clip-grad X                    | largest norm of all gradients together; 0, --no-clip-grad: any = 0
          --seed N                         | seed of the random generator = 42
 watching --val-fraction SHARE             | share of the corpus to hold out for validation = 0
          --eval-every COUNT               | validate every COUNT steps = 100
@@ -1318,27 +1312,23 @@ sampling --samples N                      | how many samples = 20
          --temperature X                  | 1: the model's odds, 0: always the likeliest = 0.5
          --top-k N                        | draw from the N likeliest tokens, 0: from all = 0
          --max-tokens COUNT               | at most COUNT new tokens per sample (the context)
-engine   --engine scalar|tensor|vulkan    | scalar: part one alone; vulkan: on the GPU = tensor
-         --vulkan                         | --engine vulkan
+engine   --engine scalar|tensor|vulkan    | scalar: part one alone; vulkan or --vulkan: on the GPU = tensor
          --workers COUNT                  | processes to share each batch = 1
 """
+SHORT = {"--cosine": "--schedule=cosine", "--vulkan": "--engine=vulkan", "--no-clip-grad": "--clip-grad=0"}
 FIXED = "layers", "d_model", "heads", "context", "arch", "vocab_size", "stream"  # by a checkpoint
 THIS_TIME = "save", "resume", "plot", "trace", "explain"  # and not kept in one
 
-def make_parser():
+def make_parser(**more):
     """Return the parser of the flags."""
-    parser = Parser(prog="microgpt", usage="%(prog)s [flags]", allow_abbrev=False)
+    parser = Parser(prog="microgpt", usage="%(prog)s [flags]", allow_abbrev=False, **more)
     for line in FLAGS.strip().splitlines():
         names, _, help = line.partition(" | ")
         names, (help, _, default) = names.split(), help.partition(" = ")
         if line[0] != " ":
             group = parser.add_argument_group(names.pop(0))
         word = "" if names[-1].startswith("-") else names.pop()
-        if help.startswith("--"):  # short for another flag with some value
-            name, value = help[2:].split()
-            help, const = f"short for {help}", float(value) if value == "0" else value
-            more = {"action": "store_const", "dest": name.replace("-", "_"), "const": const}
-        elif not word:
+        if not word:
             more = {"action": "store_true"}
         elif "|" in word:
             more = {"choices": word.split("|")}
@@ -1352,16 +1342,14 @@ def make_parser():
 
 def as_argv(args):
     """Return the command line for the flags that a checkpoint keeps."""
-    out = []
-    for name, value in vars(args).items():
-        for each in value if isinstance(value, list) else [value]:
-            if each is not None and name not in THIS_TIME:
-                out.append(f"--{name.replace('_', '-')}" + ("" if each is True else f"={each}"))
-    return out
+    flags = [(name, each) for name, value in vars(args).items() if name not in THIS_TIME
+             for each in (value if isinstance(value, list) else [value]) if each is not None]
+    return [f"--{name.replace('_', '-')}" + ("" if each is True else f"={each}") for name, each in flags]
 
 def parse_args(argv):
     """Return the flags, and the Run to resume or None. Saved flags hold unless given anew."""
     parser, run = make_parser(), None
+    argv = [SHORT.get(word, word) for word in (sys.argv[1:] if argv is None else argv)]
     args = parser.parse_args(argv)
     if args.resume is not None:
         run, corpus = load(args.resume), args.corpus
@@ -1382,8 +1370,7 @@ def check(args):
     """Refuse flags that do not go together, and files that cannot be written: better now than after hours."""
     heads, width, workers, size = args.heads, args.d_model, args.workers, args.batch_size
     require(width % heads == 0, f"--heads {heads} does not divide --d-model {width}", UsageError)
-    total = args.layers * 12 * width**2 + args.context * width
-    require(total <= 10**9, "a model of more than a billion weights is too large", UsageError)
+    require(12 * args.layers * width**2 + args.context * width <= 10**9, "the model is too large", UsageError)
     require(workers <= size, f"--workers {workers} is more than --batch-size {size}", UsageError)
     if (args.div_warn, args.div_crit) != (None, None):
         args.val_fraction = args.val_fraction or 0.1
@@ -1391,10 +1378,10 @@ def check(args):
         load(args.save)  # only a checkpoint is replaced
     for name, end in ("save", ""), ("plot", ".svg"), ("trace", ".jsonl"):
         if (path := getattr(args, name)) is not None:
-            is_file = path and path.endswith(end) and not os.path.isdir(path)
-            require(is_file, f"--{name} needs a file{end and f' *{end}'}, not {path[:100]!r}", UsageError)
-            writable = os.access(os.path.dirname(os.path.realpath(path)), os.W_OK)
-            require(writable, f"cannot save {path[:100]}: nothing can be written in its folder")
+            folder = os.path.dirname(os.path.realpath(path))
+            good = path.endswith(end) and not os.path.isdir(path) and os.access(folder, os.W_OK)
+            message = f"--{name} needs a file{end and f' *{end}'}, in a writable folder, not {path[:100]!r}"
+            require(path and good, message, UsageError)
 
 class Signals:
     """In training, the first signal lets the step end; any other ends the run at once."""
@@ -1412,14 +1399,12 @@ class Signals:
 def show(run):
     """Print the samples and what --explain asks for."""
     args = run.args
-    print()
-    if args.samples:
-        print(f"--- inference (new, hallucinated {'text' if args.stream else 'names'}) ---")
+    title = f"--- inference (new, hallucinated {'text' if args.stream else 'names'}) ---"
+    print(f"\n{title}" if args.samples else "")
     for i in range(args.samples):
         print(f"sample {i + 1:2d}: {generate(run, run.rng)}")
     if args.explain is not None:
         ids = run.edge + run.tokenizer.encode(args.explain) + run.edge
-        require(len(ids) > 1, "--explain needs two tokens at least")
         explain(run, ids[: args.context + 1])
 
 def main(argv=None, signals=Signals()):
@@ -1435,8 +1420,7 @@ def main(argv=None, signals=Signals()):
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:
-        message, status = "interrupted: nothing was saved", 128 + (signals.caught or 2)
-        message = f"interrupted: {run.saved}" if run else message
+        message, status = "interrupted", 128 + (signals.caught or 2)
     except (RuntimeError, ArithmeticError, MemoryError) as error:
         message, status = f"error: {str(error) or 'there is not enough memory'}", getattr(error, "status", 1)
     except OSError as error:
@@ -1444,11 +1428,8 @@ def main(argv=None, signals=Signals()):
         if not isinstance(error, BrokenPipeError):  # whoever read the output has gone, as `head` does
             message, status = f"error: cannot write the output: {error.strerror}", 1
     if message:
-        message += f"; {run.saved}" if run and status == 1 else ""
-        printable = "".join(char if char.isprintable() else " " for char in message)
-        with suppress(OSError):
-            print("\n" * sys.stderr.isatty() + f"microgpt: {printable}", file=sys.stderr, flush=True)
-    tape.clear()
+        message += f"; {run.saved}" if run else ""
+        print("\n" * sys.stderr.isatty() + f"microgpt: {message}", file=sys.stderr, flush=True)
     return status
 
 if __name__ == "__main__":
@@ -1462,7 +1443,6 @@ if __name__ == "__main__":
     if sys.implementation.name != "pypy":  # where nothing else frees memory
         gc.disable()  # there are no reference cycles
     exit_status = main(None, caller)
-    caller.caught = True  # a signal from here on ends at once
-    if threading.active_count() > 1:  # a thread of the pool may wait for dead workers forever
+    if exit_status == 1:  # after an error, a thread of the pool may wait for dead workers forever
         os._exit(exit_status)
     sys.exit(exit_status)

@@ -47,6 +47,11 @@ def flat(rows):
     rows = chain(*rows.values()) if isinstance(rows, dict) else rows
     return [a for row in rows for a in row]
 
+def read_file(name):
+    """The matrices and the metadata of a .safetensors file."""
+    (_, metadata), *tensors = microgpt.read_safetensors(name)
+    return dict(tensors), metadata
+
 def losses(out):
     """The losses of the steps, as they are printed."""
     return re.findall(r"\| loss (\S+)\r", out)
@@ -95,7 +100,7 @@ class Test(unittest.TestCase):
         return [json.loads(line) for line in self.content(name).splitlines()[1:]]
 
     def weights(self, name="run"):
-        tensors, _ = microgpt.read_safetensors(name)
+        tensors, _ = read_file(name)
         return {name: rows for name, rows in tensors.items() if not name.startswith("optimizer.")}
 
     def main(self, flags="", *more, out=None, **options):
@@ -104,6 +109,8 @@ class Test(unittest.TestCase):
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # unittest shows more of them than a run does
             status = microgpt.main([*flags.split(), *more], **options)
+        if status:
+            microgpt.tape.clear()  # of what it was at
         return status, out.getvalue(), errors.getvalue()
 
     def printed(self, flags="", *more):
@@ -210,10 +217,6 @@ class TestValue(Test):
 
 # 4 and 9. The operations, in Values and a matrix at a time; and those of section 14 ------------------------
 
-def caches_of_rows(caches, lengths):
-    """The caches argument of attention for documents of these lengths."""
-    return [cache for cache, n in zip(caches, lengths) for _ in range(n)]
-
 def operations(rng):
     """Name -> (operation, its inputs) on random shapes, down to one row and one channel."""
     t, d, e = (rng.choice([1, 2, 3, 6, 9]) for _ in range(3))
@@ -221,16 +224,10 @@ def operations(rng):
     ids = [rng.randrange(e) for _ in range(t)]
     n_head, size = rng.randint(1, 3), rng.randint(1, 4)
     lengths = [rng.randint(1, 4) for _ in range(rng.randint(1, 3))]
-    pasts = [rng.choice([0, 0, 1, 3]) for _ in lengths]
-    qkv, past_qkv = ([normal(rng, sum(n), n_head * size) for _ in "qkv"] for n in (lengths, pasts))
+    qkv = [normal(rng, sum(lengths), n_head * size) for _ in "qkv"]
 
-    def attention(q, k, v, pasts=()):
-        caches = [([], []) for _ in lengths]
-        if any(pasts):
-            past_q, past_k, past_v = map(type(q).wrap, past_qkv)
-            past_q.attention(past_k, past_v, n_head, caches_of_rows(caches, pasts))
-            microgpt.tape.clear()  # what a cache holds is constant
-        return q.attention(k, v, n_head, caches_of_rows(caches, lengths))
+    def attention(q, k, v):
+        return q.attention(k, v, n_head, [cache for n in lengths for cache in [([], [])] * n])
 
     return {
         "embed": (lambda table: table.embed(ids), [w]), "add": (lambda x, z: x + z + x.rmsnorm(), [x, z]),
@@ -239,7 +236,6 @@ def operations(rng):
         "relu of a relu": (lambda x, w: (x.linear(w).relu() + x.linear(w)).relu(), [x, w]),
         "mlp": (lambda x, w, back: x.linear(w).relu().linear(back), [x, w, back]),
         "attention": (attention, qkv),
-        "attention with a past": (lambda q, k, v: attention(q, k, v, pasts), qkv),
         "center": (lambda x: x.center(), [x]), "product": (lambda x, z: x * z, [x, z]),
         "square": (lambda x: x * x, [x]), "gelu": (lambda x: x.gelu(), [x]),
     }
@@ -903,20 +899,17 @@ class TestWorkers(Test):
                     self.assertClose(self.losses(f"{flags} {name} --workers {n}"), one)
                 self.assertEqual(self.content("a"), self.content("b"))
 
-    def test_where_signals_cannot_be_blocked_as_on_windows_it_runs(self):
-        code = "import signal\ndel signal.SIG_BLOCK, signal.SIG_UNBLOCK\nsys.exit(microgpt.main())\n"
-        for flags in ("", "--batch-size 2 --workers 2"):
-            status, _, errors = self.script(f"--steps 2 --samples 0 {flags}", script=self.driver(code))
-            self.assertEqual((status, errors), (0, ""))
-
     def test_a_file_with_the_characters_of_a_glob_is_that_file(self):
         self.file("a[1].txt", "ab\nba\n")
         self.file("a1.txt", "c\n")
         self.assertIn("num docs: 2\n", self.printed("--corpus a[1].txt --steps 0 --samples 0"))
 
-    def test_memory_that_is_full_is_one_line(self):
-        with unittest.mock.patch.object(microgpt, "load_corpus", side_effect=MemoryError):
-            self.assertRefused(1, "there is not enough memory", "")
+    def test_memory_that_is_full_is_one_line_and_the_work_is_saved(self):
+        with unittest.mock.patch.object(microgpt, "norm", side_effect=[1.0, 1.0, MemoryError]):
+            status, _, error = self.main("--trace run.jsonl --save run")
+        self.assertEqual(status, 1)
+        self.assertEqual(error, "microgpt: error: there is not enough memory; step 2 is saved in run\n")
+        self.assertEqual(read_file("run")[1]["step"], "2")
 
     def test_workers_that_hang_are_not_waited_for_forever(self):
         out = "a worker cannot go on: it does not answer\n2 workers have ended\n"
@@ -947,7 +940,7 @@ class Long(Test):
 
     def assertGoesOn(self):
         """A step is saved, and a run can go on from there. Returns the step."""
-        step = int(microgpt.read_safetensors("run")[1]["step"])
+        step = int(read_file("run")[1]["step"])
         out = self.printed(f"--resume run --steps {step + 1} --workers 1 --samples 0")
         self.assertEqual(re.findall(r"step +(\d+) /", out), [str(step + 1)])
         return step
@@ -986,7 +979,7 @@ class TestWorkersAsProcesses(Long):
         for number in STOPS:
             process, workers = self.start_workers()
             os.killpg(process.pid, number)
-            self.assertSaved(process, 128 + number, "interrupted:")
+            self.assertSaved(process, 128 + number, "interrupted;")
             self.assertGone(workers)
 
     def test_a_signal_to_the_group_while_workers_start_is_one_line(self):
@@ -995,7 +988,7 @@ class TestWorkersAsProcesses(Long):
             process = self.start_run("--batch-size 4 --workers 2", "params")
             time.sleep(rng.uniform(0, 0.05))  # any moment will do
             os.killpg(process.pid, number)
-            self.assertEnds(process, 128 + number, "interrupted: nothing was saved")
+            self.assertEnds(process, 128 + number, "interrupted(; nothing was saved)?")
 
     def test_a_killed_parent_takes_its_workers_along(self):
         for flags, until in (
@@ -1051,7 +1044,7 @@ class TestCheckpoints(Test):
                 out, signals = io.StringIO(), microgpt.Signals()
                 out.write = interrupt
                 status, part, errors = self.main(f"{flags} {always} --save part", out=out, signals=signals)
-                self.assertEqual((status, errors), (130, "microgpt: interrupted: step 11 is saved in part\n"))
+                self.assertEqual((status, errors), (130, "microgpt: interrupted; step 11 is saved in part\n"))
                 rest, cut = self.printed("--resume part"), whole.index("step   12 ")
                 self.assertEqual(part.rstrip("\n"), whole[:cut].rstrip("\n"))
                 self.assertEqual(rest[rest.index("step   12 ") :], whole[cut:])
@@ -1063,7 +1056,7 @@ class TestCheckpoints(Test):
         names = "\n".join(SHIPPED[:1500])
         self.file("input.txt", names * 2 + "".join(SHIPPED[1500:1600]))
         flags = "--stream --vocab-size 9000 --d-model 2 --heads 1 --steps 1 --samples 0 --save run"
-        self.assertEqual(self.main(flags)[0], 0)
+        self.printed(flags)
         self.assertGreater(max(map(len, microgpt.load("run").tokenizer.tokens)), 9000)
 
     def test_a_finished_run_only_samples_and_a_longer_one_goes_on_by_the_flags_given_anew(self):
@@ -1073,12 +1066,12 @@ class TestCheckpoints(Test):
             self.assertEqual((out.count("loss"), out.count("sample ")), (0, 2))
             self.assertEqual((self.content("run"), os.stat("run").st_mtime_ns), (content, before))
         self.printed("--resume run --samples 1 --save other")  # a finished run has no step to save
-        self.assertEqual(*(microgpt.read_safetensors(name)[0] for name in ("run", "other")))
+        self.assertEqual(*(read_file(name)[0] for name in ("run", "other")))
         self.file("b.txt", "\n".join(SHIPPED[:7]))
         out = self.printed("--resume run --steps 5 --lr 0.5 --save other --corpus b.txt")
         self.assertEqual((re.findall(r"step +(\d+) /", out), out[:12]), (["4", "5"], "num docs: 7\n"))
         self.assertEqual(self.content("run"), content)
-        kept = set(json.loads(microgpt.read_safetensors("other")[1]["flags"]))
+        kept = set(json.loads(read_file("other")[1]["flags"]))
         self.assertLessEqual({"--lr=0.5", "--steps=5", "--warmup-steps=2", "--corpus=b.txt"}, kept)
 
     def test_what_other_programs_ask_of_a_file(self):
@@ -1104,6 +1097,8 @@ class TestCheckpoints(Test):
             start, data = len(data), data + b"".join(struct.pack("<f", number) for number in flat(rows))
             new[name] = {"dtype": "F32", "shape": header[name]["shape"], "data_offsets": [start, len(data)]}
         self.file("run", pack(new, data))
+        run = microgpt.load("run")
+        self.assertEqual({*flat(run.m), *flat(run.v)}, {0.0})
         self.assertEqual(self.printed("--resume run --steps 5 --samples 1 --lr 0").count("loss"), 2)
         for name, rows in self.weights().items():
             self.assertClose(rows, weights[name], 1e-7)
@@ -1112,7 +1107,7 @@ class TestCheckpoints(Test):
         """Return damaged files, each with a pattern of the error, or None if the damage may go unnoticed."""
         content = self.saved("--d-model 4 --context 4 --layers 1 --vocab-size 2")
         rng, (header, data), length = random.Random(9), unpack(content), int.from_bytes(content[:8], "little")
-        tensors, metadata = microgpt.read_safetensors("run")
+        tensors, metadata = read_file("run")
         change = lambda name, key, value: pack({**header, name: {**header[name], key: value}}, data)
         without = lambda dictionary, name: {key: value for key, value in dictionary.items() if key != name}
         cuts = [*range(10), *range(length + 7, length + 10), *(rng.randrange(len(content)) for _ in range(9))]
@@ -1139,7 +1134,7 @@ class TestCheckpoints(Test):
         flags = [[*json.loads(metadata["flags"]), flag] for flag in flags.split()]
         vast, out = [[0, 0], *([26 + i, 26 + i] for i in range(60))], []
         for name, values in {
-            "step": [[], -1, 10**99], "recent": [[[]], ["x"], [math.nan], [math.inf]],
+            "step": [[], -1, 10**99], "recent": [[[]], ["x"], [math.nan], [-1.0], [1e308]],
             "random": [[], [1, 2, 3], [3, [1, 2], None]], "characters": [[], "ba", "aa", "abc"],
             "merges": [[[0, 99]], [[0]], [[-1, 0]], [["a", "b"]], vast, 2, [1, 2]],
             "flags": [[["--steps=1"]], [None], {"-h": 1}, [1.5], [], *flags],
@@ -1167,6 +1162,29 @@ class TestCheckpoints(Test):
                     self.assertEqual((status, errors.count("\n"), out, len(errors) < 250), (1, 1, "", True))
                     self.assertRegex(errors, f"^microgpt: error: cannot read run: .*{pattern or ''}")
 
+    @needs_posix
+    def test_a_vast_file_is_refused_before_its_numbers_are_read(self):
+        header, _ = unpack(self.saved())
+        rows = 46_000_000
+        wte = {"dtype": "F32", "shape": [rows, 16], "data_offsets": [0, rows * 64]}
+        for metadata, error in ((header["__metadata__"], "its matrices are not those"), ({}, "not saved by this")):
+            self.file("run", pack({"__metadata__": metadata, "wte": wte}, b""))
+            os.truncate("run", os.path.getsize("run") + rows * 64)  # with nothing, which takes no place
+            status, _, errors = self.script("--resume run", preexec_fn=limit("RLIMIT_AS", 2 << 30))
+            self.assertEqual((status, errors.count("\n"), error in errors), (1, 1, True), errors)
+
+    def test_a_save_that_failed_is_tried_again(self):
+        replace, failing = os.replace, [OSError(28, "No space left on device")]
+        def once(*paths):
+            if failing:
+                raise failing.pop()
+            replace(*paths)
+
+        with unittest.mock.patch("os.replace", once):
+            status, _, errors = self.main("--steps 4 --save-every 2 --samples 0 --save run")
+        self.assertEqual((status, errors), (0, "microgpt: warning: cannot save run: No space left on device\n"))
+        self.assertEqual((read_file("run")[1]["step"], sorted(os.listdir())), ("4", ["input.txt", "run"]))
+
     def test_a_checkpoint_is_on_the_disk_before_it_takes_its_place(self):
         events, replace = [], os.replace
         with unittest.mock.patch("os.fsync", lambda file: events.append(os.fstat(file).st_size)), \
@@ -1186,9 +1204,12 @@ class TestCheckpoints(Test):
         for steps, mode in (("5", 0o640), ("6", 0o604)):
             os.chmod("real", mode)
             self.printed("--resume run --samples 0 --steps", steps)
-            self.assertEqual(microgpt.read_safetensors("real")[1]["step"], steps)
+            self.assertEqual(read_file("real")[1]["step"], steps)
             self.assertEqual((os.path.islink("run"), os.stat("real").st_mode & 0o777), (True, mode))
             self.assertEqual(sorted(os.listdir()), ["input.txt", "real", "run"])
+        os.symlink("missing", "link")
+        self.printed("--steps 1 --samples 0 --save link")
+        self.assertEqual((os.path.islink("link"), read_file("missing")[1]["step"]), (True, "1"))
 
     def test_running_means_of_another_optimizer_are_not_used(self):
         self.saved("--optimizer momentum")  # leaves v = 0, by which adam would divide
@@ -1205,16 +1226,16 @@ class TestCheckpoints(Test):
             flags = "--resume run --steps 9 --schedule constant --save-every 1 --lr 1e300"
             status, _, errors = self.main(f"{flags} {more}")
             self.assertRegex(errors.splitlines()[-1], f"^microgpt: error: .*; step {step} is saved in run$")
-            self.assertEqual((status, microgpt.read_safetensors("run")[1]["step"]), (1, step))
+            self.assertEqual((status, read_file("run")[1]["step"]), (1, step))
 
-def limit_files(size):
-    """What a new process does so that its files stay below a size, as on a full disk."""
-    def limit():
+def limit(name, size):
+    """What a new process does so that its files stay below a size, as on a full disk, or its memory."""
+    def limited():
         import resource
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        resource.setrlimit(getattr(resource, name), (size, size))
 
-    return limit
+    return limited
 
 @needs_posix
 class TestInterruptions(Long):
@@ -1233,16 +1254,10 @@ class TestInterruptions(Long):
         self.assertEqual(sorted(os.listdir()), ["input.txt", "run"])
         self.printed("--resume run --steps 0 --samples 1")
 
-    def test_what_is_no_checkpoint_is_kept_and_a_pipe_is_not_waited_for(self):
-        self.assertRefused(1, "cannot read input.txt/", "--steps 1 --save input.txt/")
-        if hasattr(os, "mkfifo"):
-            os.mkfifo("pipe")
-            self.assertRefused(1, "it is not a file", "--resume pipe")
-
     def test_a_full_disk_is_a_warning_until_the_end_and_leaves_the_old_checkpoint(self):
         self.printed("--steps 3 --samples 0 --save run")
         content, flags = self.content("run"), "--resume run --steps 6 --save-every 2 --samples 0"
-        status, out, errors = self.script(flags, preexec_fn=limit_files(20_000))
+        status, out, errors = self.script(flags, preexec_fn=limit("RLIMIT_FSIZE", 20_000))
         warning, error = errors.splitlines()
         self.assertEqual(warning, "microgpt: warning: cannot save run: File too large")
         self.assertRegex(error, "^microgpt: error: cannot save run: File too large")
@@ -1253,7 +1268,7 @@ class TestInterruptions(Long):
         for number in STOPS:
             process = self.start_run("--save run")
             process.send_signal(number)
-            self.assertSaved(process, 128 + number, "interrupted:")
+            self.assertSaved(process, 128 + number, "interrupted;")
 
     def test_a_second_signal_ends_at_once_with_nothing_to_say(self):
         self.file("input.txt", "b" * 150)  # for which a step takes half a second or so
@@ -1266,12 +1281,12 @@ class TestInterruptions(Long):
     def test_a_signal_outside_of_training_ends_at_once(self):
         self.file("long.txt", "".join(random.Random(1).choices("abcdefghijklmnopqrstuvwxyz", k=1_000_000)))
         for flags, until, line in (
-            ("--steps 1 --samples 1000000 --save run", "sample 99", "step 1 is saved in run"),
-            ("--corpus long.txt --stream --vocab-size 50000", "num docs", "nothing was saved"),
+            ("--steps 1 --samples 1000000 --save run", "sample 99", "interrupted; step 1 is saved in run"),
+            ("--corpus long.txt --stream --vocab-size 50000", "num docs", "interrupted"),
         ):
             process = self.start_run(flags, until)
             process.send_signal(signal.SIGTERM)
-            self.assertEnds(process, 143, f"interrupted: {line}")
+            self.assertEnds(process, 143, line)
 
     @unittest.skipIf(sys.implementation.name == "pypy", "PyPy does not know what was ignored at its start")
     def test_signals_that_were_ignored_stay_ignored(self):
@@ -1289,7 +1304,7 @@ class TestInterruptions(Long):
         os.remove("run")
         with open("out", "wb") as out:  # it becomes too large, not the checkpoint
             flags = "--steps 100000 --d-model 4 --context 4 --save run"
-            status, _, errors = self.script(flags, stdout=out, preexec_fn=limit_files(40_000))
+            status, _, errors = self.script(flags, stdout=out, preexec_fn=limit("RLIMIT_FSIZE", 40_000))
         self.assertEqual((status, errors.count("\n")), (1, 1))
         self.assertRegex(errors, "^microgpt: error: cannot write the output: File too large")
         self.assertGoesOn()
@@ -1302,17 +1317,12 @@ class Explained:
         table, *maps = out[out.index("\ntoken") + 1 :].split("\n\nlayer ")
         self.lines = table.splitlines()[1:]
         *self.rows, mean = [line.split() for line in self.lines]
-        self.means, self.maps, self.widest = list(map(float, mean[1:])), {}, max(map(len, out.split("\n")))
+        self.means, self.maps = list(map(float, mean[1:])), {}
         for block in maps:
             title, _, *rows = block.rstrip().splitlines()
-            layer, first, last = map(int, re.match(r"(\d+), heads (\d+) to (\d+):", title).groups())
-            heads = [[] for _ in range(first, last + 1)]
-            for t, row in enumerate(rows, 1):
-                shades = ["·.░:▒+▓*█#".index(char) // 2 for char in row[1:] if char in "·.░:▒+▓*█#"]
-                assert len(shades) == t * len(heads), block
-                for i, head in enumerate(heads):
-                    head.append(shades[i * t : (i + 1) * t])
-            self.maps[layer] = self.maps.get(layer, []) + heads
+            shades = [["·░▒▓█".index(char) for char in row[1:] if char in "·░▒▓█"] for row in rows]
+            self.maps[int(title.split(",")[0])] = [
+                [row[i * t : (i + 1) * t] for t, row in enumerate(shades, 1)] for i in range(len(shades[0]))]
 
 class TestExplain(Test):
     def test_its_numbers_and_shades_are_those_of_a_computation_by_hand(self):
@@ -1339,24 +1349,16 @@ class TestExplain(Test):
             self.assertEqual(got.maps, dict(enumerate(shades)))
         self.assertGreater(len({shade for rows in shades[1] for shade in rows[4]}), 2)  # not all the same
 
-    def test_maps_that_do_not_fit_side_by_side_go_below_each_other(self):
-        text = "a\t \\'\"é☃a^bcdefg"  # odd characters keep to their columns
+    def test_odd_characters_keep_to_their_columns(self):
+        text = "a\t \\'\"é☃a^bcdefg"
         self.file("input.txt", f"{text}\n{text}")
-        for heads, context, more in ((4, 16, ""), (12, 16, ""), (1, 16, "--merges 2"), (4, 99, "--lr 1e3")):
-            flags = f"--heads {heads} --d-model 24 --context {context} --samples 0 {more}"
-            out = self.printed(flags, "--explain", text * 6, f"--steps={context // 16}")
+        for more in "--heads 12", "--heads 1 --merges 2", "--context 99 --lr 1e3":
+            out = self.printed(f"--d-model 24 --steps 6 --samples 0 {more}", "--explain", text * 6)
             got = Explained(out)
-            self.assertEqual([len(rows) for rows in got.maps[0]], [min(context, 97)] * heads)
-            self.assertEqual((got.widest <= 80, re.findall("inf|nan", out)), (context == 16, []))
+            self.assertEqual([len(rows) for rows in got.maps[0]], [len(got.rows)] * len(got.maps[0]))
+            self.assertEqual(re.findall("inf|nan", out), [])
             self.assertTrue(all(line.isprintable() for line in out.split("\n")[4:]))
             self.assertEqual(len({line.index(".") for line in got.lines[:-1]}), 1)
-
-    def test_without_utf_8_it_is_all_ascii(self):
-        self.file("input.txt", "ava\né😀\n")
-        flags = "--steps 1 --samples 3 --explain ava"
-        blocks, status, *got = self.script(flags)[1], *self.script(flags, env={"PYTHONIOENCODING": "ascii"})
-        maps = blocks[blocks.index("layer 0") :].translate(str.maketrans("·░▒▓█", ".:+*#"))
-        self.assertEqual((status, got[1], "█" in blocks, got[0][-len(maps) :]), (0, "", True, maps))
 
     def test_a_text_longer_than_the_context_is_explained_up_to_there(self):
         for flags, pairs in (("--context 4 --explain emmaava", "^e em mm ma"), ("--explain=", "^^"),
@@ -1364,95 +1366,53 @@ class TestExplain(Test):
             got = Explained(self.printed(f"--steps 1 --samples 0 {flags}"))
             self.assertEqual(["".join(row[:2]) for row in got.rows], pairs.split())
 
-def noisy(steps, first=1):
-    rng = random.Random(1)
-    return [(first + i, 2 + math.exp(-i / 200) + rng.random() / 4) for i in range(steps)]
-
 class Picture:
-    """A picture: its texts, the ticks of both axes as (place, number), its curves in places and numbers."""
+    """A picture: its curves in places, and as (step, loss) read off the ticks."""
     def __init__(self, svg):
-        self.svg, root = svg, ElementTree.fromstring(svg.encode())  # fails on what is no XML, or no UTF-8
-        self.texts = [(float(e.get("x")), float(e.get("y")), e.get("text-anchor"), e.text)
-                      for e in root.findall("{*}text")]
-        numbers = [(*text[:3], float(text[3])) for text in self.texts if re.fullmatch(r"[-+\d.e]+", text[3])]
-        self.up = [(y - 4, number) for _, y, anchor, number in numbers if anchor == "end"]
-        self.across = [(x, number) for x, _, anchor, number in numbers if anchor == "middle"]
-        pairs = lambda line: [tuple(map(float, pair.split(","))) for pair in line.get("points").split()]
-        self.curves = {line.get("class"): pairs(line) for line in root.findall("{*}polyline")}
+        self.svg, root = svg, ElementTree.fromstring(svg.encode())  # fails on what is no XML
+        self.up, self.across = [], []
+        pairs = lambda text: [tuple(map(float, pair.split(","))) for pair in text.split()]
+        for text in root.findall("{*}text"):
+            (place,) = pairs(text.get("transform")[len("translate(") : -1])
+            (self.up if text.get("x") == "-50" else self.across).append((*place, float(text.text)))
+        self.curves = {group.get("class"): pairs(group.find("{*}polyline").get("points"))
+                       for group in root.findall("{*}g")}
 
     def data(self, name):
-        """A curve as (step, loss), read off the ticks."""
-        (x1, step1), *_, (x2, step2) = self.across
-        (y1, loss1), *_, (y2, loss2) = self.up
+        (_, y1, loss1), *_, (_, y2, loss2) = self.up
+        (x1, _, step1), *_, (x2, _, step2) = self.across
         across, up = (step2 - step1) / (x2 - x1), (loss2 - loss1) / (y2 - y1)
         return [(step1 + (x - x1) * across, loss1 + (y - y1) * up) for x, y in self.curves[name]]
 
 class TestPlot(Test):
-    def draw(self, losses, validations=()):
-        """A picture, in which all that goes for every picture has been found true."""
-        picture = Picture(microgpt.loss_plot("microgpt", list(losses), list(validations)))
-        self.assertNotRegex(picture.svg, r'(points|d|x|y)="[^"]*(nan|inf)|<script|href|url\(|@import')
-        self.assertRegex(picture.svg, r"prefers-color-scheme: dark")
-        self.assertLess(len(picture.svg), 300_000)
-        self.assertEqual(list(picture.curves), ["loss", "mean", "validation"])
-        for points in picture.curves.values():
-            self.assertEqual(points, sorted(points, key=lambda point: point[0]))
-            self.assertTrue(all(70 <= x <= 770 and 60 <= y <= 450 for x, y in points))
-        for x, y, anchor, text in picture.texts:
-            left = x - 7.3 * len(text) * {"start": 0, "middle": 0.5, "end": 1}[anchor]
-            self.assertTrue(-1 <= left and left + 7.3 * len(text) <= 801 and 10 <= y <= 498, text)
-        for ticks in (picture.up, picture.across):
-            numbers = [number for _, number in ticks]
-            self.assertEqual(numbers, sorted(set(numbers)))
-            self.assertTrue(2 <= len(numbers) <= 12, numbers)
-            for gap in (b - a for a, b in zip(numbers, numbers[1:])):
-                self.assertIn(float(f"{gap:.2e}".split("e")[0]), (1, 2, 5), numbers)
-        return picture
-
-    def test_every_case_is_a_valid_picture(self):
-        rng, some, bad = random.Random(2), range(1, 99), (math.nan, math.inf, -math.inf)
-        cases = [([], []), (noisy(1), []), (noisy(1), noisy(1)), (noisy(2), noisy(2)[1:]), ([], [(50, 2.5)]),
-                 ([(i, 2.0) for i in some], [(98, 2.0)]), ([(i, 0.0) for i in some], []),
-                 ([(i, 2 + i * 1e-9) for i in some], []), ([(i, i * 1e-12) for i in some], []),
-                 ([(i, i * 1e90) for i in some], []), ([(1, 1.7e308)], []), (noisy(11, 50_000_000), []),
-                 *[([(1, value)], [(1, value)]) for value in bad],  # left out
-                 *[([*noisy(300), (301, value)], [(100, 2.5), (200, value), (300, 2.4)]) for value in bad]]
-        for _ in range(100):
+    def test_curves_and_ticks_of_any_losses(self):
+        rng, cases = random.Random(2), [([], []), ([], [(50, 2.5)]), ([(9, 0.0)], []), ([(1, 1e99)] * 3, [])]
+        for n in [1, 2, 3, 10, 100, 1000] * 20:
             first, (low, high) = int(10 ** rng.uniform(0, 6)), [10 ** rng.uniform(-6, 6) for _ in "ab"]
-            steps = range(first, first + rng.choice((1, 2, 3, 10, 100)))
-            cases.append(([(step, rng.uniform(low, high)) for step in steps], []))
-        for points in cases:
-            with self.subTest(first=[each[:1] for each in points]):
-                n, validations = [sum(abs(y) < 1e99 for _, y in each) for each in points]
-                self.assertEqual(list(map(len, self.draw(*points).curves.values())), [n, n, validations])
-
-    def test_points_and_means_are_where_they_should_be(self):
-        points, near = noisy(200, 300), lambda pair, delta: self.assertAlmostEqual(*pair, delta=delta)
-        picture = self.draw(points, points[19::20])
-        for name, wanted in (("loss", points), ("validation", points[19::20])):
-            drawn = picture.data(name)
-            self.assertEqual(len(drawn), len(wanted))
-            for steps, numbers in (zip(*pair) for pair in zip(drawn, wanted)):
-                near(steps, 0.1)
-                near(numbers, 0.005)
-        wild = lambda curve: sum(abs(b - a) for (_, a), (_, b) in zip(curve, curve[1:]))
-        picture = self.draw(noisy(1000))
-        self.assertLess(wild(picture.data("mean")), wild(picture.data("loss")) / 5)
-        for step, mean in self.draw([(i, i / 100) for i in range(1, 601)]).data("mean")[10:-10]:
-            near((mean, step / 100), 0.25)
-        for place in (0, 500, 999):  # a giant spike runs along the upper edge and leaves the rest readable
-            points = noisy(1000)
-            points[place] = place + 1, 1e6
-            heights = [y for _, y in self.draw(points).curves["loss"]]
-            self.assertEqual(heights[place], min(heights))
-            self.assertGreater(max(heights) - sorted(heights)[1], 50)
-        many = self.draw(noisy(100_000), noisy(100_000))
-        for name, (place, step) in product(many.curves, ((0, 1), (-1, 100_000))):
-            near((many.data(name)[place][0], step), 200)
+            points = [(step, rng.uniform(low, high)) for step in range(first, first + n)]
+            cases.append((points, points[1::2]))
+        for points, validations in cases:
+            picture = Picture(microgpt.loss_plot(points, validations))
+            self.assertNotRegex(picture.svg, '"[^"]*(nan|inf)')
+            self.assertEqual([len(curve) for curve in picture.curves.values()],
+                             [len(points), len(points), len(validations)])
+            places = chain(*picture.curves.values())
+            self.assertTrue(all(70 <= x <= 770 and 50 <= y <= 450 for x, y in places))
+            for numbers in [loss for *_, loss in picture.up], [step for *_, step in picture.across]:
+                for gap in (b - a for a, b in zip(numbers, numbers[1:])):
+                    self.assertIn(round(float(f"{gap:e}".split("e")[0]), 2), (1, 2, 5, 10), numbers)
+                self.assertLessEqual(len(numbers), 11)
+            for name, wanted in ("loss", points), ("validation", validations):
+                if len(points) > 9:
+                    for (x, y), (step, loss) in zip(picture.data(name), wanted):
+                        self.assertAlmostEqual(x, step, delta=len(points) / 500)
+                        self.assertAlmostEqual(y, loss, delta=abs(high - low) / 500)
+        means = Picture(microgpt.loss_plot([(i, i % 2 + 1.0) for i in range(900)], [])).data("mean")
+        self.assertTrue(all(abs(mean - 1.5) < 0.02 for _, mean in means[100:]))
 
     def test_the_command_line_draws_its_losses_even_where_it_ends_early(self):
         watched = "--steps 30 --val-fraction 0.4 --eval-every 7 --div-warn 1e9"
-        for status, flags, curves in ((0, watched, [30, 30, 5]), (1, "--optimizer sgd --lr 1e99", [2, 2, 0])):
+        for status, flags, curves in ((0, watched, [30, 30, 5]), (1, "--optimizer sgd --lr 1e99", [3, 3, 0])):
             self.file("run.svg", "of another run")
             got, out, _ = self.main(f"{flags} --samples 0 --plot run.svg")
             picture = Picture(self.content("run.svg").decode())
@@ -1492,7 +1452,7 @@ class TestTrace(Long):
             self.printed(f"{flags} --steps 0 --samples 0 --save start")
             self.printed(f"{flags} --steps 2 --samples 0 --trace run.jsonl")
             first, step = json.loads(self.content("run.jsonl").splitlines()[0]), self.trace()[0]
-            metadata = microgpt.read_safetensors("start")[1]
+            metadata = read_file("start")[1]
             for name in ("characters", "merges", "config", "random"):
                 self.assertEqual(first[name], json.loads(metadata[name]))
             self.assertEqual((first["step"], first["weights"]), (0, self.weights("start")))
@@ -1543,7 +1503,7 @@ class TestPrompts(Test):
     def test_tokens_come_as_often_as_temperature_and_top_k_say(self):
         self.file("input.txt", "abcd")
         self.printed("--stream --context 1 --d-model 1 --heads 1 --steps 0 --samples 0 --save run")
-        tensors, metadata = microgpt.read_safetensors("run")
+        tensors, metadata = read_file("run")
 
         def drawn(z, flags):
             """The tokens of a model for which every token, a to d, is followed by one with these logits."""
@@ -1711,7 +1671,7 @@ REFUSALS = [  # status, pattern of the one line of error, flags
     (1, "the character 'É'", "--prompt É"), (1, "the character '☃'", "--explain ☃"),
     (2, "--heads 3 does not divide --d-model 16", "--heads 3"), (2, "arguments: --nonsense", "--nonsense"),
     (2, "arguments: --temp", "--temp 1"), (2, "3 is more than --batch-size 2", "--batch-size 2 --workers 3"),
-    *[(2, f"{flag}\\b.*whole number from 1.*'{value}'", f"{flag}={value}")
+    *[(2, f"{flag}\\b.*'{value}' is no whole number from 1", f"{flag}={value}")
       for flag in SIZES for value in ("0", "-1", "x", "1.5", "")],
     *[(2, f"{flag}\\b.*number from 0", f"{flag}={value}")
       for flag in NUMBERS for value in ("-1", "nan", "inf", "x", "")],
@@ -1721,10 +1681,12 @@ REFUSALS = [  # status, pattern of the one line of error, flags
     *[(2, flags.split("=")[0], flags) for flags in (
         "--eps=-1", "--warmup-steps=-1", f"--steps={'9' * 5000}", "--save=",
         "--plot=input.txt", "--plot=", "--plot=folder.svg", "--trace=run.svg")],
-    *[(2, "more than a billion weights", flags)
+    *[(2, "the model is too large", flags)
       for flags in ("--d-model 99999 --heads 1", "--layers 999999", "--context 999999999")],
-    *[(1, "cannot save nowhere/a", f"--{flags}") for flags in ("save nowhere/a", "plot nowhere/a.svg")],
-    (1, "cannot save nowhere/a", "--trace nowhere/a.jsonl"), (1, "input.txt", "--save input.txt"),
+    *[(2, "writable folder, not 'nowhere", f"--{flags}")
+      for flags in ("save nowhere/a", "plot nowhere/a.svg", "trace nowhere/a.jsonl")],
+    (1, "input.txt", "--save input.txt"),
+    (1, "cannot read input.txt/", "--save input.txt/"),
     (1, "missing", "--resume missing"), (1, "input.txt", "--resume input.txt"), (1, "''|read", "--resume="),
     (1, r"cannot read \.", "--save ."), (1, "the character 'é'", "--resume run --steps 9 --corpus greek.txt"),
     (2, "run was made with another --stream$", "--resume run --stream"),
@@ -1761,11 +1723,10 @@ class TestCommandLine(Test):
 
     def test_the_long_command_line_of_the_design_and_going_on_with_it(self):
         flags = "--stream --steps 6 --vocab-size 1000 --warmup-steps 3 --cosine --div-crit 50 --gen-every 3"
-        note = r"^microgpt: note: after \d+ merges no pair of tokens occurs twice\n$"
-        for flags, note, steps in ((flags, note, "123456"), ("--resume run --steps 9", "^$", "789")):
+        for flags, steps in (flags, "123456"), ("--resume run --steps 9", "789"):
             status, out, errors = self.main(f"{flags} --samples 1 --save run")
             self.assertEqual((status, re.findall(r"step +(\d) / +\d \| loss \S+\r", out)), (0, list(steps)))
-            self.assertRegex(errors, note)
+            self.assertEqual(errors, "")
             self.assertRegex(out, rf"step +{steps[-1]} / +\d \| loss \S+ on average \| validation ")
             self.assertRegex(out, rf"\nsample at step {steps[-1]}: (?s:.)*--- inference .* text\) ---\nsam")
 
@@ -1795,8 +1756,6 @@ class TestCommandLine(Test):
         for flags in ("--lr", "--save-every", "--arch", "--nonsense", "--resume", "--corpus", "--plot"):
             status, _, errors = self.main(flags, "7" * 5000)  # at most 100 characters are quoted
             self.assertEqual((status > 0, errors.count("\n"), "7" * 101 in errors), (True, 1, False), flags)
-        self.assertRefused(1, "cannot read no such", "--corpus", "no\nsuch")
-        self.assertRefused(2, "unrecognized arguments: --a b", "", "--a\nb")
         self.assertEqual({name: self.content(name) for name in os.listdir() if name != "folder.svg"}, before)
         error = "microgpt: error: --heads 3 does not divide --d-model 16\n"
         self.assertEqual(self.script("--heads 3"), (2, "", error))
@@ -1804,25 +1763,19 @@ class TestCommandLine(Test):
         self.assertEqual((error[:16], error.count("\n")), ("microgpt: error:", 1))
 
     def test_what_ends_a_run(self):
-        for pattern, flags in (("the loss of step [23] is (nan|inf)", "--lr 1e300"),
+        for pattern, flags in (("at step [23], .* overflowed", "--lr 1e300"),
                                ("overflowed", "--lr 1e308 --steps 1"),
-                               ("overflowed", "--lr 1e308 --steps 1 --samples 0 --explain emma"),
-                               ("two tokens", "--stream --context 4 --steps 1 --explain e")):
+                               ("overflowed", "--lr 1e308 --steps 1 --samples 0 --explain emma")):
             status, _, errors = self.main(flags)
             self.assertEqual((status, errors.count("\n")), (1, 1), errors)
             self.assertRegex(errors, f"^microgpt: error: .*{pattern}")
 
     def test_main_leaves_the_process_as_it_was_and_works_in_any_thread(self):
-        handlers = [signal.getsignal(number) for number in STOPS]
-        for collect, flags in product((gc.disable, gc.enable), ("--steps 1 --samples 1", "--nonsense")):
-            collect()
-            before = gc.isenabled()
-            self.main(flags)
-            self.assertEqual([signal.getsignal(number) for number in STOPS], handlers)
-            self.assertEqual(gc.isenabled(), before)
+        state = lambda: [gc.isenabled(), *map(signal.getsignal, STOPS)]
+        before = state()
         with ThreadPoolExecutor(1) as pool:
             got = pool.submit(self.main, "--steps 2 --samples 1").result()
-        self.assertEqual(got, (0, self.printed("--steps 2 --samples 1"), ""))
+        self.assertEqual((got, before), ((0, self.printed("--steps 2 --samples 1"), ""), state()))
 
     @needs_posix
     def test_memory_does_not_grow_with_the_steps(self):
@@ -1840,7 +1793,7 @@ class TestTerminal(Long):
         with open("out", "wb") as out:
             process, shown = self.start("--steps 1000000 --plot run.svg", stdout=out, stderr=end), b""
         os.close(end)
-        while not re.search(rb"\d steps/s, \d+:\d\d left", shown):
+        while not re.search(rb"\d steps/s, \d+ s left", shown):
             shown += os.read(terminal, 10000)
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(OSError):  # nobody is at the other end any more
@@ -1850,8 +1803,8 @@ class TestTerminal(Long):
         self.assertNotIn(b"steps/s", self.content("out"))
         lines = shown.decode().splitlines()
         self.assertIn("microgpt: finishing this step; a second time ends at once", lines)
-        self.assertEqual(lines[-1], "microgpt: interrupted: nothing was saved")
-        self.assertGreater(len(Picture(self.content("run.svg").decode()).curves["loss"]), 0)
+        self.assertEqual(lines[-1], "microgpt: interrupted; nothing was saved")
+        self.assertIn("loss", Picture(self.content("run.svg").decode()).curves)
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
     def test_a_full_disk_behind_the_output_is_one_line(self):
@@ -1908,7 +1861,6 @@ EXERCISES = {  # number -> edits of the source, flags
     ], [""]),
 }
 
-INTERLEAVED = ("slice(start, start + size)", "slice(start // size, None, n_head)")
 MISTAKES = [  # each of the porting section, in its order: what of part one is replaced, and by what
     [("            values.append(v.rows[t])\n", "            values.append(v.rows[t])\n"
       "        for t, (keys, values) in enumerate(caches):\n")],
@@ -1916,14 +1868,11 @@ MISTAKES = [  # each of the porting section, in its order: what of part one is r
     [("hidden = x.rmsnorm()", "hidden = x")],
     [('x.linear(w["lm_head"])', 'x.rmsnorm().linear(w["lm_head"])')],
     [("    x = x.rmsnorm()", "    x = x")],
-    [("(dot(row, row) / len(row) + 1e-5)", "(dot(row, row) / len(row))")],
     [("x = x + found", "x = normed + found")],
     [(" / math.sqrt(size) for key in keys", " for key in keys")],
     [("n_head: int = 4", "n_head: int = 1")],
-    [INTERLEAVED],
+    [("slice(start, start + size)", "slice(start // size, None, n_head)")],
     [("q.attention(k, v,", "k.attention(q, v,")],
-    [INTERLEAVED, ("range(start, start + size)", "range(start // size, size * n_head, n_head)"),
-     ("out.append(mixed)", "out.append([mixed[i % n_head * size + i // n_head] for i in range(len(mixed))])")],
     [("add_up(losses) / len(losses)", "add_up(losses) / 16")],
     [("add_up(losses) / len(losses)", "add_up(losses)")],
     [("tokenizer.encode(doc) + [tokenizer.bos]", "tokenizer.encode(doc)")],
@@ -1931,10 +1880,6 @@ MISTAKES = [  # each of the porting section, in its order: what of part one is r
     [("value.grad += slope", "value.grad = slope")],
     [("(other.data, self.data))", "(other.data, 0.0 if self is other else self.data))")],
     [("(1.0 if self.data > 0 else 0.0,)", "(1.0,)")],
-    [(" / m_share", ""), (" / v_share", "")],
-    [("(math.sqrt(v_hat) + eps)", "(math.sqrt(square[i]) + eps) * math.sqrt(v_share)")],
-    [("(1 - step / steps)", "(1 - (step + 1) / steps)")],
-    [("beta1=0.85", "beta1=0.9")], [("beta2=0.99", "beta2=0.999")],
     [("        adam(weights, grads,",
       "        total = grads if step == 0 else {name: [[a + b for a, b in zip(x, y)] "
       "for x, y in zip(total[name], rows)] for name, rows in grads.items()}\n        adam(weights, total,")],
@@ -1983,7 +1928,7 @@ class TestReadme(Test):
         """What a command prints, in lines."""
         status, out, errors = self.script("", *flags, script="microgpt.py")
         lines = (out + errors).replace("\r", "\n").splitlines()
-        self.assertEqual(status, "is nan: try" in errors, (flags, lines[-1:]))
+        self.assertEqual(status, "overflowed" in errors, (flags, lines[-1:]))
         return lines
 
     def edited(self, edits, source):
@@ -1998,11 +1943,6 @@ class TestReadme(Test):
         for i, (flags, _) in enumerate(commands, 2):
             short = f"--samples=1 --steps={i if '--resume' in flags else 2}".split()
             self.run_command(*flags, *short, *["--warmup-steps=0"] * ("--warmup-steps" in flags))
-
-    def test_the_flags_are_those_that_there_are(self):
-        table, told = self.section("Your own text").split("| flags |")[1], self.script("--help")[1]
-        told = " ".join(re.findall(r"^  (--.*?)(?:  |$)", told, re.M))
-        self.assertEqual(*[set(re.findall(r"--[a-z][a-z0-9-]+", text)) for text in (table, told)])
 
     def test_the_snippets_name_the_matrices_that_there_are(self):
         text, config = self.section("Taking the weights elsewhere"), Config(27)
@@ -2131,7 +2071,7 @@ class TestReadme(Test):
             self.file("microgpt.py", self.edited(edits, self.source))
             for run in runs:
                 flags = f"--val-fraction 0.1 --eval-every 1000 --samples 5 {run}"
-                pattern = r"validation (\d\S+)$|loss of (step \d+)" + r"|^sample  \d: (.*)" * (number == 4)
+                pattern = r"validation (\d\S+)$|at (step \d+)" + r"|^sample  \d: (.*)" * (number == 4)
                 for line in self.run_command(*flags.split()):
                     for text in filter(None, chain(*re.findall(pattern, line))):
                         print(number, run, text, "-- as it says" if text in numbers else "-- OTHER")
