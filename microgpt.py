@@ -13,7 +13,7 @@ has three parts, and you can stop after any of them with something complete in h
     Part two    the same, much faster: matrices, subwords, GPU, cores      sections 9 to 13
     Part three  a tool for every day                                       sections 14 to 18
 
-Without flags, it prints the same numbers as the reference, microgpt by Andrej Karpathy.
+On the same input.txt, it prints the same numbers as the reference, microgpt by Andrej Karpathy.
 """
 
 # PART ONE: THE COMPLETE ALGORITHM =========================================================================
@@ -116,7 +116,8 @@ class Value:
 tape = []
 
 def backward(loss):
-    """Compute d(loss)/d(x) for every x behind the loss, and add it to x.grad. This empties the tape."""
+    """Compute d(loss)/d(x) for every x behind the loss, and add it to x.grad. This empties the tape, so no
+    other result on it can go backward any more."""
     loss.grad = 1.0  # it changes one to one with itself
     while tape:
         tape.pop().backprop()
@@ -216,7 +217,7 @@ class Matrix:
 
 # 5. GPT ---------------------------------------------------------------------------------------------------
 # A row begins as the embedding of its token plus that of its position. Each layer then changes it twice, by
-# attention and by an MLP (multilayer perceptron: two linear operations with a relu between them). It adds to
+# attention and by an MLP (multilayer perceptron: two linear operations with a relu between them). Both add to
 # the row instead of replacing it: x becomes x + f(x), with a slope of 1 plus the slope of f, so the gradient
 # has a direct way back to the first layer. At the end, lm_head turns each row into logits.
 
@@ -242,7 +243,7 @@ def shapes(config):
     return out
 
 def initial_weights(config, rng):
-    """Return name -> rows of random (normal) floats, as equal weights would get equal gradients."""
+    """Return name -> rows of random (normal) floats, because equal weights would get equal gradients."""
     weights = {}
     for name, (rows, columns) in shapes(config).items():
         weights[name] = [[rng.gauss(0, 0.08) for _ in range(columns)] for _ in range(rows)]
@@ -282,8 +283,8 @@ def gpt(config, w, ids, positions, caches):
 # A gradient says where the loss grows, so a weight must move the other way. The learning rate lr sets how
 # far. For each weight, Adam (Kingma, Ba 2015) keeps two running means, m of its gradient and v of the
 # gradient's square, and moves it by lr * m / sqrt(v). While the gradient keeps its sign, that is about lr,
-# however large it is. Where the sign keeps changing, m is near 0, and the weight hardly moves. beta1 and
-# beta2 say how slowly the means forget; eps avoids a division by 0.
+# however large the gradient. Where the sign keeps changing, m is near 0, and the weight hardly moves. beta1
+# and beta2 say how slowly the means forget; eps avoids a division by 0.
 
 def zeros(weights):
     """Return rows of zeros, shaped like the weights."""
@@ -398,8 +399,8 @@ def require(condition, what, error=UserError):
 # is the dot product of a row and a column. The columns of W^T are the rows of W: X W^T is matmul(x, w).
 
 sumprod = getattr(math, "sumprod", lambda a, b: sum(map(mul, a, b)))  # math has it from Python 3.12 on
-def columns(rows):
-    return list(zip(*rows))  # and these are the rows of the transpose
+def transpose(rows):
+    return list(zip(*rows))
 
 def add_rows(x, y):
     return [list(map(add, a, b)) for a, b in zip(x, y)]
@@ -459,8 +460,8 @@ class Tensor:
     # with slope w[o][i]: dX = g W. w[o][i] goes into y[t][o] for every t, with slope x[t][i]: dW = g^T X.
     def linear(self, w):
         def rule(g):
-            self.receive(self.matmul(g, columns(w.data)))
-            w.receive(self.matmul(columns(g), columns(self.data)))
+            self.receive(self.matmul(g, transpose(w.data)))
+            w.receive(self.matmul(transpose(g), transpose(self.data)))
         return self.result(self.matmul(self.data, w.data), rule)
 
     # y = s x, where s = (x.x / n + 1e-5)^(-1/2) has the slope -s^3 x / n. So dx = s g - s^3 x (g.x) / n, and
@@ -489,7 +490,7 @@ class Tensor:
     # caches that were empty before; only sampling goes on from earlier calls.
     def attention(self, k, v, n_head, caches):
         size = len(self.data[0]) // n_head
-        heads = [slice(h * size, (h + 1) * size) for h in range(n_head)]
+        heads = [slice(start, start + size) for start in range(0, n_head * size, size)]
         starts = [t for t in range(len(caches)) if t == 0 or caches[t] is not caches[t - 1]]
         spans = [slice(start, end) for start, end in zip(starts, starts[1:] + [len(caches)])]  # of documents
 
@@ -497,10 +498,9 @@ class Tensor:
             return [[row[head] for row in rows] for rows in many for head in heads]
         def join(parts):  # and back to one matrix
             documents = [parts[i : i + n_head] for i in range(0, len(parts), n_head)]
-            return [list(chain(*rows)) for parts in documents for rows in zip(*parts)]
+            return [list(chain(*rows)) for document in documents for rows in zip(*document)]
         def scaled(rows):
             return [[a / math.sqrt(size) for a in row] for row in rows]
-
         for span in spans:
             keys, values = caches[span.start]
             keys += k.data[span]
@@ -510,40 +510,37 @@ class Tensor:
         vs = split([caches[start][1] for start in starts])
         ps = []
         for scores in self.matmuls(qs, ks):
-            length, past = len(scores), len(scores[0]) - len(scores)
+            past = len(scores[0]) - len(scores)
             shares = [probabilities(row[: past + t + 1]) for t, row in enumerate(scores)]  # no future
-            ps.append([row + [0.0] * (length - t - 1) for t, row in enumerate(shares)])
+            ps.append([row + [0.0] * (past + len(scores) - len(row)) for row in shares])
         def rule(g):
             gs = split([g[span] for span in spans])
             dss = []
             for p, dp in zip(ps, self.matmuls(gs, vs)):
                 means = map(sumprod, p, dp)
-                dss.append([[a * (b - mean) for a, b in zip(x, y)] for x, y, mean in zip(p, dp, means)])
-            dqs = self.matmuls(dss, map(columns, ks))
-            dks = self.matmuls(map(columns, dss), map(columns, qs))
-            dvs = self.matmuls(map(columns, ps), map(columns, gs))
+                dss.append([[a * (da - mean) for a, da in zip(*rows)] for *rows, mean in zip(p, dp, means)])
+            dqs = self.matmuls(dss, map(transpose, ks))
+            dks = self.matmuls(map(transpose, dss), map(transpose, qs))
+            dvs = self.matmuls(map(transpose, ps), map(transpose, gs))
             self.receive(scaled(join(dqs)))
             k.receive(join(dks))
             v.receive(join(dvs))
-        out = self.result(join(self.matmuls(ps, map(columns, vs))), rule)
+        out = self.result(join(self.matmuls(ps, map(transpose, vs))), rule)
         out.shares = ps  # for --explain
         return out
 
-    # dz is (p, minus 1 at the target) / n: p is the slopes of log(sum of e^z), and -1 is that of -z[target].
+    # dz = (p - 1 at the target, p elsewhere) / n: log(sum of e^z) has the slopes p, and -z[target] has -1.
     def cross_entropy(self, targets):
-        loss, probs = 0.0, []
+        loss = 0.0
         for row, target in zip(self.data, targets):
             top = max(row)
-            exps = [math.exp(a - top) for a in row]
-            total = sum(exps)
-            probs.append([e / total for e in exps])
-            loss += math.log(total) + top - row[target]
+            loss += math.log(sum([math.exp(a - top) for a in row])) + top - row[target]
         def rule(g):
-            grad = [[g * p / len(targets) for p in row] for row in probs]
+            grad = [[g * p / len(targets) for p in probabilities(row)] for row in self.data]
             for row, target in zip(grad, targets):
                 row[target] -= g / len(targets)
             self.receive(grad)
-        return Tensor(loss / len(targets), rule)
+        return self.result(loss / len(targets), rule)
 
 # 10. Faster products --------------------------------------------------------------------------------------
 # Nearly all the time goes to dot products, and there to the interpreter's loop rather than to arithmetic. So
@@ -555,14 +552,14 @@ WRITTEN_OUT = 16 if hasattr(math, "sumprod") else 257  # from this length on, su
 @lru_cache(maxsize=None)
 def products(n):
     """Return a matmul for rows and columns of length n."""
-    if n >= WRITTEN_OUT or n > 64 and n % 64:  # a growing text has each other length only briefly
+    if n >= WRITTEN_OUT or n > 64 and n % 64:  # a growing text has other lengths too briefly
         return Tensor.matmul
     a, b = [[f"{x}{i}" for i in range(n)] for x in "ab"]
     terms = "+".join(map("{}*{}".format, a, b))
     return eval(f"lambda rows, columns: [[{terms} for {','.join(b)}, in columns] for {','.join(a)}, in rows]")
 
 def mostly_zeros(rows):
-    """Tell if more than half of the numbers are 0. Where they are not, two rows usually show it."""
+    """Tell if more than half of the numbers are 0. Usually, two rows suffice to rule it out."""
     some = 0.0 in rows[0] or 0.0 in rows[-1]
     return some and 2 * sum(row.count(0.0) for row in rows) > len(rows) * len(rows[0])
 
@@ -570,12 +567,12 @@ class FastTensor(Tensor):
     """The engine `tensor`: a Tensor with faster products."""
     @staticmethod
     def matmul(rows, columns):
-        """Return Tensor.matmul(rows, columns)."""
-        if mostly_zeros(columns) and not mostly_zeros(rows):
-            return list(zip(*FastTensor.matmul(columns, rows)))  # (A B)^T = B^T A^T
+        """Return what Tensor.matmul does, with products written out or zeros left out."""
         if not mostly_zeros(rows):
+            if mostly_zeros(columns):
+                return transpose(FastTensor.matmul(columns, rows))  # A B = (B^T A^T)^T
             return products(len(rows[0]))(rows, columns)
-        out, inner = [], list(zip(*columns))
+        out, inner = [], transpose(columns)
         for row in rows:  # where n numbers are not 0, n terms remain of each dot product
             numbers, kept = list(compress(row, row)), compress(inner, row)
             out += products(len(numbers))([numbers], zip(*kept)) if numbers else [[0.0] * len(columns)]
@@ -587,11 +584,11 @@ def rows_of(*dictionaries):
         yield from zip(*[each[name] for each in dictionaries])
 
 def fast_adam(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8, **_):
-    """Do what adam does, with all that is the same for every weight computed once: dividing v by c^2 and m by
-    d is the same as multiplying lr by c / d and eps by c."""
+    """Do what adam does, with all that is the same for every weight computed once: dividing m by d and v by
+    c^2 is the same as multiplying lr by c / d and eps by c."""
     new1, new2, sqrt = 1 - beta1, 1 - beta2, math.sqrt
-    c = sqrt(1 - beta2 ** (step + 1))
-    lr *= c / (1 - beta1 ** (step + 1))
+    c, d = sqrt(1 - beta2 ** (step + 1)), 1 - beta1 ** (step + 1)
+    lr = lr * c / d
     eps *= c
     for w, g, mean, square in rows_of(weights, grads, m, v):
         for i in range(len(w)):
@@ -608,14 +605,14 @@ def fast_adam(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8, 
 #
 # The tokens of a text are kept as a string of chr(id), so that Python's own split finds all places of a pair,
 # from left to right. In aaa the pair aa is counted twice, though only one can be replaced. Counting all pairs
-# anew for every merge would take a hundred times as long, so only the counts next to a replaced pair are
+# anew for every merge would take tens of times as long, so only the counts next to a replaced pair are
 # corrected. The most frequent pair is on top of a heap. A pair goes on the heap when its count has risen;
 # where it has fallen, the entry is too high, comes up too early, and is then put back with the right count.
 
 BETWEEN = chr(0x10FFFF)  # stands between documents and is part of no pair
 
-def learn_merges(docs, n, new):
-    """Return the first n merges, (left id, right id), for strings of chr(id). Their ids begin with `new`."""
+def learn_merges(docs, n, first_id):
+    """Return the first n merges, (left id, right id), of strings of chr(id). Their ids begin at first_id."""
     text, merges = BETWEEN.join(docs), []
     counts = Counter(pair for pair in map(add, text, text[1:]) if BETWEEN not in pair)
     heap = [(-count, pair) for pair, count in counts.items() if count > 1]
@@ -626,13 +623,12 @@ def learn_merges(docs, n, new):
             if counts[pair] > 1:
                 heappush(heap, (-counts[pair], pair))
             continue
-        left, right, merged = *pair, chr(new + len(merges))
+        left, right, merged = *pair, chr(first_id + len(merges))
         merges.append((ord(left), ord(right)))
         pieces = text.split(pair)
         text = merged.join(pieces)
-        touching = pieces[1:-1].count("")  # two of the pair, side by side
-        changes = Counter({merged + merged: touching})
-        changes[right + left] -= touching
+        touching = pieces[1:-1].count("")  # how often two of the pair stand side by side
+        changes = Counter({merged + merged: touching, right + left: -touching})
         for char, times in Counter(piece[-1] for piece in pieces[:-1] if piece).items():
             changes[char + left] -= times
             changes[char + merged] += times
@@ -699,15 +695,18 @@ ENGINES = {"scalar": Matrix, "tensor": FastTensor, "vulkan": VulkanTensor}
 
 # 13. All the cores ----------------------------------------------------------------------------------------
 # All workers have the same weights. Each computes the gradients for its share of the batch. Their mean,
-# weighted by the sizes of the shares, is the gradient of the whole batch. Python runs one thread at a time,
-# so the workers are processes, from a pool in the standard library. Only this process moves the weights.
+# weighted by the number of predictions in each share, is the gradient of the whole batch. Python runs one
+# thread at a time, so the workers are processes, from a pool in the standard library. Only this process moves
+# the weights.
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 def start_worker():
     """Set up a worker: it leaves signals to its parent and ends when the parent does."""
     for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # signals to the parent's group do not come here, so SIGTERM is the pool's own
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 def end_with_parent():
@@ -728,7 +727,7 @@ class Workers:
             self.pool._safe_to_dynamically_spawn_children = False  # PyPy's pool lacks what it would call
 
     def loss_and_grads(self, config, weights, batch, patience=3600):
-        """Do loss_and_grads. Raises UserError if a worker dies, cannot start or takes over `patience` s."""
+        """Return what loss_and_grads does. Raises UserError if a worker dies or takes over `patience` s."""
         if self.n == 1:
             return loss_and_grads(config, weights, batch, self.engine, self.model)
         loss, grads, shares = 0.0, zeros(weights), [batch[i :: self.n] for i in range(self.n)]
@@ -742,15 +741,16 @@ class Workers:
                 for row, share_row in rows_of(grads, share_grads):
                     row[:] = [a + part * b for a, b in zip(row, share_row)]
         except (OSError, RuntimeError, concurrent.futures.TimeoutError) as error:
+            for process in multiprocessing.active_children():
+                process.kill()
+            self.pool.shutdown(wait=False)
             raise UserError(f"a worker cannot go on: {str(error) or 'it does not answer'}") from None
         return loss, grads
 
     def stop(self):
-        """End all workers, whatever they are doing."""
+        """End all workers when they have nothing to do."""
         if self.n > 1:
-            for process in multiprocessing.active_children():
-                process.kill()
-            self.pool.shutdown(wait=False, cancel_futures=True)
+            self.pool.shutdown()
 
 # PART THREE: A TOOL FOR EVERY DAY =========================================================================
 
@@ -764,8 +764,8 @@ from pathlib import Path
 # GPT-2 (Radford et al. 2019; --arch gpt2) differs from part one. LayerNorm (Ba, Kiros, Hinton 2016) replaces
 # RMSNorm: it also subtracts the mean of each row, and then each channel has a learned factor, the gain, and a
 # learned offset, the bias. Each linear layer has a bias, too. The activation is GELU, a ReLU with a soft
-# knee. The extra norm stands at the end. And wte serves as lm_head, so it gets the gradients of both uses.
-# Dropout is left out. A gain or a bias is a matrix with one row; embed() repeats it for every position.
+# knee. The norm outside the layers comes last, not first. And wte serves as lm_head, so it gets the gradients
+# of both uses. Dropout is left out. A gain or a bias is a matrix with one row, which embed() repeats.
 
 # y = x - mean. Every x lowers its whole row by 1/n of itself, so the gradient loses its mean, too.
 def center(rows):
@@ -782,7 +782,7 @@ def multiply_tensor(x, z):
         z.receive(multiply(g, x.data))
     return x.result(multiply(x.data, z.data), rule)
 
-# y = x (1 + t) / 2 with t = tanh(c (x + k x^3)), which has the slope (1 - t^2) c (1 + 3 k x^2).
+# y = x (1 + t) / 2, where t = tanh(c (x + k x^3)) has the slope (1 - t^2) c (1 + 3 k x^2).
 def gelu(x):
     """Return GELU by its tanh formula (Hendrycks, Gimpel 2016) of a number, and its slope there."""
     c, k = math.sqrt(2 / math.pi), 0.044715
@@ -814,12 +814,12 @@ def gpt2_shapes(config):
     return out
 
 def gpt2_weights(config, rng):
-    """Return initial weights, smaller where their results are added to x: there are 2 n_layer such layers."""
+    """Return initial weights, smaller for the 2 n_layer matrices whose results are added to x."""
     weights = {}
     for name, (rows, columns) in gpt2_shapes(config).items():
         scale = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith(("attn_wo", "mlp_fc2")) else 0.02
         if name.endswith(".bias") or "ln" in name:
-            weights[name] = [[float("bias" not in name)] * columns]
+            weights[name] = [[0.0 if name.endswith(".bias") else 1.0] * columns]  # gains begin at 1
         else:
             weights[name] = [[rng.gauss(0, scale) for _ in range(columns)] for _ in range(rows)]
     return weights
@@ -843,20 +843,20 @@ def gpt2(config, w, ids, positions, caches):
 MODELS = {"microgpt": (gpt, shapes, initial_weights), "gpt2": (gpt2, gpt2_shapes, gpt2_weights)}
 
 # 15. Optimizers in historical order -----------------------------------------------------------------------
-# Each improves on earlier ones. Gradient descent takes a step down the slope (Robbins, Monro 1951).
-# Momentum keeps going in its previous direction (Polyak 1964). RMSprop divides by the size that a weight's
-# gradients had lately (Tieleman, Hinton 2012). Adam (section 6) does both. AdamW also pulls each weight
-# toward 0, apart from the gradient (Loshchilov, Hutter 2019). All take the same arguments.
+# Each improves on earlier ones. Stochastic gradient descent takes a step down the slope that a few documents
+# show (Robbins, Monro 1951). Momentum keeps going in its previous direction (Polyak 1964). RMSprop divides by
+# the size that a weight's gradients had lately (Tieleman, Hinton 2012). Adam (section 6) does both. AdamW
+# also pulls each weight toward 0 (Loshchilov, Hutter 2019). All take the same arguments.
 
 def sgd(weights, grads, m, v, step, lr, **_):
     for w, g in rows_of(weights, grads):
         w[:] = [a - lr * b for a, b in zip(w, g)]
 
 def momentum(weights, grads, m, v, step, lr, beta1=0.85, **_):
-    for w, g, mean in rows_of(weights, grads, m):
+    for w, g, velocity in rows_of(weights, grads, m):
         for i in range(len(w)):
-            mean[i] = beta1 * mean[i] + g[i]
-            w[i] -= lr * mean[i]
+            velocity[i] = beta1 * velocity[i] + g[i]
+            w[i] -= lr * velocity[i]
 
 def rmsprop(weights, grads, m, v, step, lr, beta2=0.99, eps=1e-8, **_):
     for w, g, square in rows_of(weights, grads, v):
@@ -888,9 +888,9 @@ def learning_rate(args, step):
 
 # 16. Checkpoints ------------------------------------------------------------------------------------------
 # A run is kept in one .safetensors file: the length of a header in 8 bytes; the header, JSON with the type,
-# shape and place of each matrix and some strings, the metadata; then plain numbers. PyTorch can open it, and
-# unlike a pickle it cannot run code. A new file is written beside the old one and renamed once it is whole
-# and on the disk: whatever happens, one of the two is there.
+# shape and place of each matrix and some strings, the metadata; then plain numbers. Other programs can open
+# it, and unlike a pickle it cannot run code. A new file is written beside the old one and renamed once it is
+# whole and on the disk: whatever happens, one of the two is there.
 
 @contextmanager
 def reporting(what):
@@ -932,8 +932,8 @@ def write_safetensors(path, tensors, metadata):
     replace_file(path, chain([len(text).to_bytes(8, "little"), text], numbers))
 
 def read_safetensors(path):
-    """Yield a dictionary from the name of each matrix to its shape, and the metadata; then each name and its
-    rows. So a caller can refuse a file before its numbers fill the memory."""
+    """Yield (name -> shape, metadata), then (name, rows) for each matrix. So a caller can refuse a file
+    before its numbers fill the memory."""
     with open(path, "rb") as file:
         size, length = os.fstat(file.fileno()).st_size - 8, int.from_bytes(file.read(8), "little")
         require(length <= size, "it is cut short, or no .safetensors file")
@@ -943,15 +943,15 @@ def read_safetensors(path):
         for name, entry in entries:
             shape, dtype = entry["shape"], entry["dtype"]
             require(dtype in ("F32", "F64"), f"it holds {dtype}; F32 and F64 are read")
-            require(len(shape) in (1, 2) and all(type(n) is int and n > 0 for n in shape), f"shape {shape}")
+            require(len(shape) in (1, 2) and all(type(n) is int and n > 0 for n in shape), f"bad shape {shape}")
             start, end = end, end + math.prod(shape) * int(dtype[1:]) // 8
             require(entry["data_offsets"] == [start, end], f"{name} is out of place")
         require(end == size - length, "it is cut short, or too long")
         yield {name: (1, *entry["shape"])[-2:] for name, entry in entries}, metadata
         for name, entry in entries:
-            row = struct.Struct(f"<{entry['shape'][-1]}{'f' if entry['dtype'] == 'F32' else 'd'}")
+            layout = struct.Struct(f"<{entry['shape'][-1]}{'f' if entry['dtype'] == 'F32' else 'd'}")
             numbers = file.read(math.prod(entry["shape"]) * int(entry["dtype"][1:]) // 8)
-            rows = [list(row) for row in row.iter_unpack(numbers)]
+            rows = [list(row) for row in layout.iter_unpack(numbers)]
             require(all(map(math.isfinite, chain(*rows))), f"{name} has a number that is not finite")
             yield name, rows
 
@@ -970,7 +970,7 @@ class Run:
     def wrap(self, engine): return {name: engine.wrap(rows) for name, rows in self.weights.items()}
 
     def facts(self):
-        """Return what describes the run, beside its numbers."""
+        """Return all that describes the run, except its matrices."""
         return {"flags": as_argv(self.args), "characters": "".join(self.tokenizer.ids),
                 "merges": self.tokenizer.merges, "step": self.step, "recent": self.recent,
                 "random": self.rng.getstate(), "config": vars(self.config)}
@@ -988,7 +988,7 @@ class Run:
         write_safetensors(self.args.save, tensors, {"format": "pt", **metadata})
         self.saved = f"step {self.step} is saved in {self.args.save}"
 
-def read_facts(shapes, metadata):
+def read_facts(found, metadata):
     """Return a Run, still without weights, from what a checkpoint says before its numbers."""
     facts = []
     for name in "flags", "characters", "merges", "step", "recent", "random":
@@ -996,19 +996,19 @@ def read_facts(shapes, metadata):
         facts.append(json.loads(metadata[name]))
     flags, characters, merges, step, recent, state = facts
     args = make_parser(add_help=False).parse_args(flags)
-    require(set(flags) <= set(as_argv(args)) and args.layers <= len(shapes), "its flags")
+    require(set(flags) <= set(as_argv(args)) and args.layers <= len(found), "bad flags")
     lengths = [1] * len(characters)
     for left, right in merges:  # a few of them can make vast tokens
         lengths.append(min(lengths[left] + lengths[right], 10**8))
-    require(sum(lengths) < 10**8 and min(chain([0], *merges)) == 0, "its merges")
+    require(sum(lengths) < 10**8 and min(chain([0], *merges)) == 0, "bad merges")
     tokenizer, rng = BPETokenizer(characters, merges), random.Random()
     rng.setstate((state[0], tuple(state[1]), state[2]))
     run = Run(args, tokenizer, rng, {})
     run.step, run.recent = int(step), list(map(float, recent))
-    require(0 <= run.step < 10**12 and all(0 <= loss < 1e9 for loss in run.recent), "its step or losses")
-    weights = run.shapes(run.config)
-    means = {f"optimizer.{mean}.{name}": shape for mean in "mv" for name, shape in weights.items()}
-    require(shapes in (weights, {**weights, **means}), "its matrices are not those of its model")
+    require(0 <= run.step < 10**12 and all(0 <= loss < 1e9 for loss in run.recent), "bad step or losses")
+    wanted = run.shapes(run.config)
+    means = {f"optimizer.{mean}.{name}": shape for mean in "mv" for name, shape in wanted.items()}
+    require(found in (wanted, {**wanted, **means}), "its matrices are not those of its model")
     return run
 
 def load(path):
@@ -1110,8 +1110,8 @@ def write_trace(path, run, batch, loss, grads):
         file.write(json.dumps(facts).encode() + b"\n")
 
 # 18. The command line -------------------------------------------------------------------------------------
-# Without flags, everything is as in the reference. If something is wrong, standard error gets one line, and
-# the exit status is 2 for the command line, 128 plus its number for a signal, and 1 for everything else.
+# Without flags, the numbers are those of the reference. If something is wrong, standard error gets one line,
+# and the exit status is 2 for the command line, 128 plus its number for a signal, and 1 for everything else.
 
 def draw(logits, temperature, top_k, rng):
     """Return a token id, one of the top_k likeliest (0: of all). Temperature 0 takes the likeliest."""
@@ -1126,7 +1126,7 @@ def draw(logits, temperature, top_k, rng):
 def generate(run, rng):
     """Return the prompt and what the model adds to it: up to --max-tokens tokens, or until BOS."""
     args, tokenizer, size = run.args, run.tokenizer, run.config.block_size
-    past = run.edge + tokenizer.encode(args.prompt) or [tokenizer.ids.get("\n", 0)]  # a new line
+    past = (run.edge + tokenizer.encode(args.prompt)) or [tokenizer.ids.get("\n", 0)]  # a stream has no BOS
     w, cache = run.wrap(ENGINES[args.engine]), new_cache(run.config)
     begin, new, position = len(past), past[:], 0
     for _ in range(args.max_tokens or size):
@@ -1143,7 +1143,7 @@ def generate(run, rng):
     return args.prompt + tokenizer.decode(past[begin:])
 
 def load_corpus(args, rng):
-    """Return the documents to train on, shuffled, and those held out: of a stream, one document, its end."""
+    """Return the documents to train on, shuffled, and those held out. A stream is one document of each."""
     paths, docs = set(), []
     default = "input.txt" if os.path.exists("input.txt") else str(Path(__file__).with_name("input.txt"))
     for pattern in args.corpus or [default]:
@@ -1181,7 +1181,7 @@ def prepare(args, run):
         held_out = [doc[i : i + size + 1] for doc in held_out for i in range(0, len(doc) - 1, size)]
         enough = len(docs[0]) > size and (held_out or not args.val_fraction)
         require(enough, f"a stream of {len(docs[0])} tokens is too short for a context of {size}")
-    held_out = [list(map(ord, doc[: size + 1])) for doc in held_out[:: -(-len(held_out) // 128) or 1]]
+    held_out = [list(map(ord, doc[: size + 1])) for doc in held_out[:: len(held_out) // 128 + 1]]
     tokenizer.encode(args.prompt + (args.explain or ""))  # refuses what the model cannot know
     return run, docs, held_out
 
@@ -1189,7 +1189,7 @@ def next_batch(run, docs, size):
     """Return the next batch: documents, cut after block_size + 1 tokens, or pieces of a stream that long."""
     length = run.config.block_size + 1
     if run.args.stream:
-        rng = random.Random(f"{run.args.seed} {run.step}")
+        rng = random.Random(f"{run.args.seed} {run.step}")  # so a resumed run draws the same
         starts = [rng.randrange(len(docs[0]) - length + 1) for _ in range(size)]
         windows = [docs[0][start : start + length] for start in starts]
     else:
@@ -1264,7 +1264,7 @@ def train(run, docs, held_out, signals):
 class UsageError(UserError): status = 2
 class Parser(argparse.ArgumentParser):
     def error(self, message): raise UsageError(message[:120])
-def warn(message): print(f"microgpt: {message}", file=sys.stderr)
+def warn(message): print("\n" * sys.stderr.isatty() + f"microgpt: {message}", file=sys.stderr, flush=True)
 
 def number(kind, low, high, text):
     """Return the number in a text. Raises ArgumentTypeError unless low <= number < high."""
@@ -1316,8 +1316,8 @@ engine   --engine scalar|tensor|vulkan    | scalar: part one alone; vulkan or --
          --workers COUNT                  | processes to share each batch = 1
 """
 SHORT = {"--cosine": "--schedule=cosine", "--vulkan": "--engine=vulkan", "--no-clip-grad": "--clip-grad=0"}
-FIXED = "layers", "d_model", "heads", "context", "arch", "vocab_size", "stream"  # by a checkpoint
-THIS_TIME = "save", "resume", "plot", "trace", "explain"  # and not kept in one
+FIXED = "layers", "d_model", "heads", "context", "arch", "vocab_size", "stream"  # in a resumed run
+THIS_TIME = "save", "resume", "plot", "trace", "explain"  # a checkpoint does not keep these
 
 def make_parser(**more):
     """Return the parser of the flags."""
@@ -1355,7 +1355,7 @@ def parse_args(argv):
         run, corpus = load(args.resume), args.corpus
         parser.set_defaults(**vars(run.args))
         args = parser.parse_args(argv)
-        args.corpus = corpus or run.args.corpus
+        args.corpus = corpus or run.args.corpus  # not both, as argparse would have it
         args.save = args.save or (args.resume if run.step < args.steps else None)
         changed = [name.replace("_", "-") for name in FIXED if getattr(args, name) != getattr(run.args, name)]
         require(not changed, f"{args.resume} was made with another --{' --'.join(changed)}", UsageError)
@@ -1363,6 +1363,8 @@ def parse_args(argv):
             warn(f"note: {args.optimizer} starts anew, without the running means of {run.args.optimizer}")
             run.m, run.v = zeros(run.weights), zeros(run.weights)
         run.args = args
+    if args.div_warn is not None or args.div_crit is not None:  # these need a validation
+        args.val_fraction = args.val_fraction or 0.1
     check(args)
     return args, run
 
@@ -1372,8 +1374,6 @@ def check(args):
     require(width % heads == 0, f"--heads {heads} does not divide --d-model {width}", UsageError)
     require(12 * args.layers * width**2 + args.context * width <= 10**9, "the model is too large", UsageError)
     require(workers <= size, f"--workers {workers} is more than --batch-size {size}", UsageError)
-    if (args.div_warn, args.div_crit) != (None, None):
-        args.val_fraction = args.val_fraction or 0.1
     if args.save and os.path.exists(os.path.realpath(args.save)) and args.save != args.resume:
         load(args.save)  # only a checkpoint is replaced
     for name, end in ("save", ""), ("plot", ".svg"), ("trace", ".jsonl"):
@@ -1405,6 +1405,7 @@ def show(run):
         print(f"sample {i + 1:2d}: {generate(run, run.rng)}")
     if args.explain is not None:
         ids = run.edge + run.tokenizer.encode(args.explain) + run.edge
+        require(len(ids) > 1, "--explain needs two tokens at least")
         explain(run, ids[: args.context + 1])
 
 def main(argv=None, signals=Signals()):
@@ -1428,8 +1429,7 @@ def main(argv=None, signals=Signals()):
         if not isinstance(error, BrokenPipeError):  # whoever read the output has gone, as `head` does
             message, status = f"error: cannot write the output: {error.strerror}", 1
     if message:
-        message += f"; {run.saved}" if run else ""
-        print("\n" * sys.stderr.isatty() + f"microgpt: {message}", file=sys.stderr, flush=True)
+        warn(message + (f"; {run.saved}" if run else ""))
     return status
 
 if __name__ == "__main__":
@@ -1440,8 +1440,8 @@ if __name__ == "__main__":
     for stop in STOPS:
         if signal.getsignal(stop) is not signal.SIG_IGN:  # nohup sets it
             signal.signal(stop, caller.catch)
-    if sys.implementation.name != "pypy":  # where nothing else frees memory
-        gc.disable()  # there are no reference cycles
+    if sys.implementation.name != "pypy":  # which has no other way to free memory
+        gc.disable()  # training makes no reference cycles
     exit_status = main(None, caller)
     if exit_status == 1:  # after an error, a thread of the pool may wait for dead workers forever
         os._exit(exit_status)
