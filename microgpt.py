@@ -540,7 +540,7 @@ class Tensor:
             for row, target in zip(grad, targets):
                 row[target] -= g / len(targets)
             self.receive(grad)
-        return self.result(loss / len(targets), rule)
+        return Tensor(loss / len(targets), rule)
 
 # 10. Faster products --------------------------------------------------------------------------------------
 # Nearly all the time goes to dot products, and there to the interpreter's loop rather than to arithmetic. So
