@@ -904,7 +904,7 @@ def reporting(what):
 def replace_file(path, parts):
     """Write parts of bytes into a new file, which then takes the place of `path`."""
     target = os.path.realpath(path)  # for a link, replace its target
-    part = f"{target}.{os.getpid()}.{time.time_ns()}.part"  # a name that no other process uses
+    part = os.path.join(os.path.dirname(target), f"{os.getpid()}.{time.time_ns()}.part")  # no other's name
     with reporting(f"cannot save {path}"):
         try:
             with open(part, "xb") as file:  # x: never through a link or into an existing file
@@ -936,14 +936,14 @@ def read_safetensors(path):
     before its numbers fill the memory."""
     with open(path, "rb") as file:
         size, length = os.fstat(file.fileno()).st_size - 8, int.from_bytes(file.read(8), "little")
-        require(length <= size, "it is cut short, or no .safetensors file")
+        require(length <= min(size, 10**8), "it is cut short, or no .safetensors file")
         header, end = json.loads(file.read(length)), 0
         metadata = header.pop("__metadata__", {})
         entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         for name, entry in entries:
             shape, dtype = entry["shape"], entry["dtype"]
             require(dtype in ("F32", "F64"), f"it holds {dtype}; F32 and F64 are read")
-            require(len(shape) in (1, 2) and all(type(n) is int and n > 0 for n in shape), f"bad shape {shape}")
+            require(len(shape) in (1, 2) and all(type(n) is int and n > 0 for n in shape), f"shape {shape}")
             start, end = end, end + math.prod(shape) * int(dtype[1:]) // 8
             require(entry["data_offsets"] == [start, end], f"{name} is out of place")
         require(end == size - length, "it is cut short, or too long")
@@ -1005,7 +1005,7 @@ def read_facts(found, metadata):
     rng.setstate((state[0], tuple(state[1]), state[2]))
     run = Run(args, tokenizer, rng, {})
     run.step, run.recent = int(step), list(map(float, recent))
-    require(0 <= run.step < 10**12 and all(0 <= loss < 1e9 for loss in run.recent), "bad step or losses")
+    require(0 <= run.step < 10**12 and all(0 <= loss < math.inf for loss in run.recent), "bad step or losses")
     wanted = run.shapes(run.config)
     means = {f"optimizer.{mean}.{name}": shape for mean in "mv" for name, shape in wanted.items()}
     require(found in (wanted, {**wanted, **means}), "its matrices are not those of its model")
@@ -1182,7 +1182,9 @@ def prepare(args, run):
         enough = len(docs[0]) > size and (held_out or not args.val_fraction)
         require(enough, f"a stream of {len(docs[0])} tokens is too short for a context of {size}")
     held_out = [list(map(ord, doc[: size + 1])) for doc in held_out[:: len(held_out) // 128 + 1]]
-    tokenizer.encode(args.prompt + (args.explain or ""))  # refuses what the model cannot know
+    tokenizer.encode(args.prompt)  # refuses what the model cannot know
+    explained = 2 * run.edge + tokenizer.encode(args.explain or "")
+    require(args.explain is None or len(explained) > 1, "--explain needs two tokens at least", UsageError)
     return run, docs, held_out
 
 def next_batch(run, docs, size):
@@ -1405,7 +1407,6 @@ def show(run):
         print(f"sample {i + 1:2d}: {generate(run, run.rng)}")
     if args.explain is not None:
         ids = run.edge + run.tokenizer.encode(args.explain) + run.edge
-        require(len(ids) > 1, "--explain needs two tokens at least")
         explain(run, ids[: args.context + 1])
 
 def main(argv=None, signals=Signals()):
