@@ -420,12 +420,9 @@ class Tensor:
             tape.append(self)
 
     @classmethod
-    def wrap(cls, rows):
-        return cls(rows)
-    def result(self, data, rule):
-        return type(self)(data, rule)
-    def backprop(self):
-        self.rule(self.grad)
+    def wrap(cls, rows): return cls(rows)
+    def result(self, data, rule): return type(self)(data, rule)
+    def backprop(self): self.rule(self.grad)
 
     def receive(self, grad):
         """Add to the gradient. Rows already received never change, since others may hold them."""
@@ -437,8 +434,7 @@ class Tensor:
         return [[sumprod(row, column) for column in columns] for row in rows]
 
     @classmethod
-    def matmuls(cls, many_rows, many_columns):
-        return list(map(cls.matmul, many_rows, many_columns))
+    def matmuls(cls, many_rows, many_columns): return list(map(cls.matmul, many_rows, many_columns))
 
     # A row of the table goes wherever its id is, so its gradient is the sum of theirs.
     def embed(self, ids):
@@ -555,8 +551,16 @@ def products(n):
     if n >= WRITTEN_OUT or n > 64 and n % 64:  # a growing text has other lengths too briefly
         return Tensor.matmul
     a, b = [[f"{x}{i}" for i in range(n)] for x in "ab"]
-    terms = "+".join(map("{}*{}".format, a, b))
-    return eval(f"lambda rows, columns: [[{terms} for {','.join(b)}, in columns] for {','.join(a)}, in rows]")
+    source = f"""def product(rows, columns):
+        out = []
+        for {','.join(a)}, in rows:
+            row = []
+            for {','.join(b)}, in columns:
+                row.append({'+'.join(map('{}*{}'.format, a, b))})
+            out.append(row)
+        return out"""
+    exec(source, names := {})
+    return names["product"]
 
 def mostly_zeros(rows):
     """Tell if more than half of the numbers are 0. Usually, two rows suffice to rule it out."""
@@ -684,12 +688,9 @@ def gpu_matmuls():
 class VulkanTensor(FastTensor):
     """The engine `vulkan`: a FastTensor with its large products on the GPU."""
     @classmethod
-    def matmul(cls, rows, columns):
-        return cls.matmuls([rows], [columns])[0]
-
+    def matmul(cls, rows, columns): return cls.matmuls([rows], [columns])[0]
     @classmethod
-    def matmuls(cls, many_rows, many_columns):
-        return gpu_matmuls()(list(many_rows), list(many_columns))
+    def matmuls(cls, many_rows, many_columns): return gpu_matmuls()(list(many_rows), list(many_columns))
 
 ENGINES = {"scalar": Matrix, "tensor": FastTensor, "vulkan": VulkanTensor}
 
@@ -714,8 +715,7 @@ def end_with_parent():
     multiprocessing.parent_process().join()
     os._exit(1)
 
-def count_predictions(batch):
-    return sum(len(tokens) - 1 for tokens in batch)  # all but the first tokens
+def count_predictions(batch): return sum(len(tokens) - 1 for tokens in batch)  # all but the first tokens
 
 class Workers:
     """Processes that share the work of loss_and_grads. If n is 1, there are none."""
