@@ -2062,7 +2062,7 @@ class TestReadme(Test):
             self.file("microgpt.py", self.edited(edits, self.source))
             for run in runs:
                 flags = f"--val-fraction 0.1 --eval-every 1000 --samples 5 {run}"
-                pattern = r"validation (\d\S+)$|at (step \d+)" + r"|^sample  \d: (.*)" * (number == 4)
+                pattern = r"validation (\d\S+)$|at (step \d+), the" + r"|^sample  \d: (.*)" * (number == 4)
                 for line in self.run_command(*flags.split()):
                     for text in filter(None, chain(*re.findall(pattern, line))):
                         print(number, run, text, "-- as it says" if text in numbers else "-- OTHER")
