@@ -399,6 +399,7 @@ def require(condition, what, error=UserError):
 # is the dot product of a row and a column. The columns of W^T are the rows of W: X W^T is matmul(x, w).
 
 sumprod = getattr(math, "sumprod", lambda a, b: sum(map(mul, a, b)))  # math has it from Python 3.12 on
+
 def transpose(rows):
     return list(zip(*rows))
 
@@ -595,8 +596,7 @@ def fast_adam(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8, 
     lr = lr * c / d
     eps *= c
     for w, g, mean, square in rows_of(weights, grads, m, v):
-        for i in range(len(w)):
-            gi = g[i]
+        for i, gi in enumerate(g):
             mean[i] = mi = beta1 * mean[i] + new1 * gi
             square[i] = vi = beta2 * square[i] + new2 * gi * gi
             w[i] -= lr * mi / (sqrt(vi) + eps)
@@ -990,11 +990,10 @@ class Run:
 
 def read_facts(found, metadata):
     """Return a Run, still without weights, from what a checkpoint says before its numbers."""
-    facts = []
-    for name in "flags", "characters", "merges", "step", "recent", "random":
+    names = "flags", "characters", "merges", "step", "recent", "random"
+    for name in names:
         require(name in metadata, f"it was not saved by this program: no {name} in its metadata")
-        facts.append(json.loads(metadata[name]))
-    flags, characters, merges, step, recent, state = facts
+    flags, characters, merges, step, recent, state = [json.loads(metadata[name]) for name in names]
     args = make_parser(add_help=False).parse_args(flags)
     require(set(flags) <= set(as_argv(args)) and args.layers <= len(found), "bad flags")
     lengths = [1] * len(characters)
