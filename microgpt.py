@@ -487,6 +487,7 @@ class Tensor:
     # caches that were empty before; only sampling goes on from earlier calls.
     def attention(self, k, v, n_head, caches):
         size = len(self.data[0]) // n_head
+        root = math.sqrt(size)
         heads = [slice(start, start + size) for start in range(0, n_head * size, size)]
         starts = [t for t in range(len(caches)) if t == 0 or caches[t] is not caches[t - 1]]
         spans = [slice(start, end) for start, end in zip(starts, starts[1:] + [len(caches)])]  # of documents
@@ -497,7 +498,7 @@ class Tensor:
             documents = [parts[i : i + n_head] for i in range(0, len(parts), n_head)]
             return [list(chain(*rows)) for document in documents for rows in zip(*document)]
         def scaled(rows):
-            return [[a / math.sqrt(size) for a in row] for row in rows]
+            return [[a / root for a in row] for row in rows]
         for span in spans:
             keys, values = caches[span.start]
             keys += k.data[span]
@@ -579,7 +580,7 @@ class FastTensor(Tensor):
             return products(len(rows[0]))(rows, columns)
         out, inner = [], transpose(columns)
         for row in rows:  # where n numbers are not 0, n terms remain of each dot product
-            numbers, kept = list(compress(row, row)), compress(inner, row)
+            numbers, kept = [*compress(row, row)], compress(inner, row)
             out += products(len(numbers))([numbers], zip(*kept)) if numbers else [[0.0] * len(columns)]
         return out
 
