@@ -378,7 +378,7 @@ import atexit, concurrent.futures, gc, multiprocessing, os, signal, sys, threadi
 from collections import Counter
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
-from itertools import chain, compress
+from itertools import chain, compress, islice
 from operator import add, mul
 
 class UserError(RuntimeError):
@@ -758,7 +758,7 @@ class Workers:
 import argparse, json, shutil, struct, time
 from contextlib import contextmanager, suppress
 from functools import partial
-from glob import glob
+from glob import iglob
 from pathlib import Path
 
 # 14. GPT-2 as published -----------------------------------------------------------------------------------
@@ -1148,11 +1148,11 @@ def load_corpus(args, rng):
     default = "input.txt" if os.path.exists("input.txt") else str(Path(__file__).with_name("input.txt"))
     for pattern in args.corpus or [default]:
         with reporting(f"cannot read {pattern}"):
-            found = [] if os.path.exists(pattern) else glob(pattern, recursive=True)
+            found = [] if os.path.exists(pattern) else list(islice(iglob(pattern, recursive=True), 10**5))
         paths.update(map(os.path.normpath, found or [pattern]))
     for path in sorted(paths):
         with reporting(f"cannot read {path}"):
-            require(not Path(path).is_char_device(), "it is not a file")
+            require(len(paths) < 10**5 and not Path(path).is_char_device(), "no file, or one of too many")
             docs += [Path(path).read_text("utf-8-sig")] if args.stream else read_documents(path)
     if not args.stream:
         rng.shuffle(docs)

@@ -16,7 +16,7 @@ import subprocess, sys, tempfile, threading, time, types, unittest, unittest.moc
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, product
+from itertools import chain, count, product
 from operator import mul
 
 import microgpt
@@ -1555,6 +1555,10 @@ class TestCorpus(Test):
             for flags in ([f"--corpus={name}", f"--save={name}s"], [f"--resume={name}s"]):
                 self.assertIn(f"num docs: {i}\n", self.printed("--steps 1 --samples 1", *flags))
 
+    def test_a_glob_that_finds_no_end_is_refused(self):
+        with unittest.mock.patch("microgpt.iglob", lambda *_, **__: map("{}.txt".format, count())):
+            self.assertRefused(1, "too many", "--corpus *.txt")
+
     def test_a_stream_is_the_text_as_it_is_and_documents_are_its_lines(self):
         self.file("a.txt", "\ufeffone\r\n\r\n two \n")
         self.file("b.txt", "34")
@@ -1665,7 +1669,7 @@ REFUSALS = [  # status, pattern of the one line of error, flags
     (1, "cannot read missing", "--corpus missing"), (1, r"cannot read no-\*.txt", "--corpus no-*.txt"),
     *[(1, f"too little text in {name}.txt$", f"--corpus {name}.txt") for name in ("empty", "blank")],
     (1, "cannot read latin.txt: 'utf-8' codec can't decode byte 0xe9", "--corpus latin.txt"),
-    (1, "cannot read folder.svg", "--corpus folder.svg"), (1, "it is not a file", f"--corpus {os.devnull}"),
+    (1, "cannot read folder.svg", "--corpus folder.svg"), (1, "no file", f"--corpus {os.devnull}"),
     (1, "too short for a context of 2", "--corpus short.txt --stream --context 2"),
     (1, "too little text in short.txt$", "--corpus short.txt --val-fraction 0.1"),
     (1, "too short for a context of 2", "--corpus 5.txt --stream --context 2 --val-fraction 0.1"),
