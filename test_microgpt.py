@@ -1242,8 +1242,11 @@ def limit(name, size):
 class TestInterruptions(Long):
     def test_samplers_and_another_trainer_leave_a_trainer_and_its_file_alone(self):
         flags = "--steps 1000000 --save-every 1 --save run --seed"
-        trainers = [self.start(f"{flags} {seed}", stdout=subprocess.DEVNULL) for seed in (1, 2)]
-        while not os.path.exists("run"):
+        trainers = []
+        for seed in "12":
+            with open(seed, "wb") as out:
+                trainers.append(self.start(f"{flags} {seed}", stdout=out))
+        while not (os.path.exists("run") and self.content("1") and self.content("2")):  # both have begun
             self.assertEqual([process.poll() for process in trainers], [None, None])
         for _ in range(10):
             self.printed("--resume run --steps 0 --samples 1")
@@ -1252,7 +1255,7 @@ class TestInterruptions(Long):
             process.terminate()
             process.wait()
         self.assertEqual([process.returncode for process in trainers], [143, 143])
-        self.assertEqual(sorted(os.listdir()), ["input.txt", "run"])
+        self.assertEqual(sorted(os.listdir()), ["1", "2", "input.txt", "run"])
         self.printed("--resume run --steps 0 --samples 1")
 
     def test_a_full_disk_is_a_warning_until_the_end_and_leaves_the_old_checkpoint(self):
