@@ -116,8 +116,8 @@ class Value:
 tape = []
 
 def backward(loss):
-    """Compute d(loss)/d(x) for every x behind the loss, and add it to x.grad. This empties the tape, so no
-    other result on it can go backward any more."""
+    """Compute d(loss)/d(x) for every x behind the loss, and add it to x.grad. This empties the tape, so a
+    second call finds nothing to do."""
     loss.grad = 1.0  # it changes one to one with itself
     while tape:
         tape.pop().backprop()
@@ -503,11 +503,11 @@ class Tensor:
             keys, values = caches[span.start]
             keys += k.data[span]
             values += v.data[span]
-        qs = split([scaled(self.data[span]) for span in spans])
-        ks = split([caches[start][0] for start in starts])
+        qs = split([scaled(self.data[span]) for span in spans])  # each: rows x size
+        ks = split([caches[start][0] for start in starts])       # each: (past + rows) x size
         vs = split([caches[start][1] for start in starts])
         ps = []
-        for scores in self.matmuls(qs, ks):
+        for scores in self.matmuls(qs, ks):                      # each: rows x (past + rows)
             past = len(scores[0]) - len(scores)
             shares = [probabilities(row[: past + t + 1]) for t, row in enumerate(scores)]  # no future
             ps.append([row + [0.0] * (past + len(scores) - len(row)) for row in shares])
@@ -516,7 +516,7 @@ class Tensor:
             dss = []
             for p, dp in zip(ps, self.matmuls(gs, vs)):
                 means = map(sumprod, p, dp)
-                dss.append([[a * (da - mean) for a, da in zip(*rows)] for *rows, mean in zip(p, dp, means)])
+                dss.append([[a * (da - mean) for a, da in zip(x, dx)] for x, dx, mean in zip(p, dp, means)])
             dqs = self.matmuls(dss, map(transpose, ks))
             dks = self.matmuls(map(transpose, dss), map(transpose, qs))
             dvs = self.matmuls(map(transpose, ps), map(transpose, gs))
@@ -550,7 +550,7 @@ WRITTEN_OUT = 16 if hasattr(math, "sumprod") else 257  # from this length on, su
 @lru_cache(maxsize=None)
 def products(n):
     """Return a matmul for rows and columns of length n."""
-    if n >= WRITTEN_OUT or n > 64 and n % 64:  # a growing text has other lengths too briefly
+    if n >= WRITTEN_OUT or n > 64 and n % 64:  # others pass quickly in a growing text
         return Tensor.matmul
     a, b = [[f"{x}{i}" for i in range(n)] for x in "ab"]
     source = f"""def product(rows, columns):
@@ -742,7 +742,7 @@ class Workers:
                 for row, share_row in rows_of(grads, share_grads):
                     row[:] = [a + part * b for a, b in zip(row, share_row)]
         except (OSError, RuntimeError, concurrent.futures.TimeoutError) as error:
-            for process in multiprocessing.active_children():
+            for process in multiprocessing.active_children():  # those that are left may hang
                 process.kill()
             self.pool.shutdown(wait=False)
             raise UserError(f"a worker cannot go on: {str(error) or 'it does not answer'}") from None
@@ -948,10 +948,10 @@ def read_safetensors(path):
             start, end = end, end + math.prod(shape) * int(dtype[1:]) // 8
             require(entry["data_offsets"] == [start, end], f"{name} is out of place")
         require(end == size - length, "it is cut short, or too long")
-        yield {name: (1, *entry["shape"])[-2:] for name, entry in entries}, metadata
+        yield {name: (1, *entry["shape"])[-2:] for name, entry in entries}, metadata  # a vector is one row
         for name, entry in entries:
             layout = struct.Struct(f"<{entry['shape'][-1]}{'f' if entry['dtype'] == 'F32' else 'd'}")
-            numbers = file.read(math.prod(entry["shape"]) * int(entry["dtype"][1:]) // 8)
+            numbers = file.read(entry["data_offsets"][1] - entry["data_offsets"][0])
             rows = [list(row) for row in layout.iter_unpack(numbers)]
             require(all(map(math.isfinite, chain(*rows))), f"{name} has a number that is not finite")
             yield name, rows

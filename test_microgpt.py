@@ -614,14 +614,14 @@ class TestWithoutGPU(Test):
             fake = FakeGPU(*costs)
             with unittest.mock.patch("vulkan_gemm.time", fake):
                 matmuls = vulkan_gemm.offload(fake, fake.plain)
-            for count, m, n, k in shapes:
-                rows, columns = [[[1.0] * k] * m] * count, [[[1.0] * k] * n] * count
+            for many, m, n, k in shapes:
+                rows, columns = [[[1.0] * k] * m] * many, [[[1.0] * k] * n] * many
                 plain, travel, device = fake.seconds(rows, columns)
                 matmuls(rows, columns)
                 if not 1 / 2 < plain / (travel + device) < 3:  # it computes whole blocks, a trip counts twice
                     wanted = "gpu" if travel + device < plain else "plain"
-                    self.assertEqual(fake.went, wanted, (costs, count, m, n, k))
-                    went.add((wanted, count))
+                    self.assertEqual(fake.went, wanted, (costs, many, m, n, k))
+                    went.add((wanted, many))
             matmuls([[[0.0] * 128] * 128], [[[1.0] * 128] * 128])
             self.assertEqual(fake.went, "plain")  # which leaves zeros out
         self.assertEqual(went, {("gpu", 1), ("gpu", 32), ("plain", 1), ("plain", 32)})
