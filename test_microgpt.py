@@ -583,6 +583,18 @@ class TestWithoutGPU(Test):
     def test_spirv_val_accepts_the_shipped_shader(self):
         subprocess.check_call(["spirv-val", self.file("gemm.spv", vulkan_gemm.load_shader())])
 
+    @unittest.skipUnless(shutil.which("spirv-opt"), "needs spirv-opt")
+    def test_the_shader_unrolls_to_one_loop_and_registers_alone(self):
+        shipped = self.file("gemm.spv", vulkan_gemm.load_shader())
+        subprocess.check_call(["spirv-opt", "-O", "--loop-unroll", shipped, "-o", "unrolled.spv"])
+        words, i, loops, indexed = memoryview(self.content("unrolled.spv")).cast("I"), 5, 0, 0
+        while i < len(words):  # an instruction is its length and number, then its operands
+            length, number = divmod(words[i], 1 << 16)
+            loops += number == 246  # OpLoopMerge
+            indexed += number == 59 and words[i + 3] == 7  # OpVariable in a function: no register will do
+            i += length
+        self.assertEqual((loops, indexed), (1, 0))
+
     def test_the_shipped_shader_is_that_of_gemm_comp_and_an_edited_one_is_refused(self):
         self.assertEqual(vulkan_gemm.source_hash(), vulkan_gemm.SHADER_SHA256)
         with unittest.mock.patch("vulkan_gemm.source_hash", lambda: "edited"):
@@ -598,10 +610,18 @@ class TestWithoutGPU(Test):
         self.assertEqual(*[re.split(shader, read(path)) for path in (vulkan_gemm.__file__, "edited.py")])
         self.assertEqual(self.script("-c", "import edited; edited.load_shader()", script="-B"), (0, "", ""))
 
-    def test_without_a_loader_or_the_second_file_one_line_says_so(self):
+    def test_without_a_loader_a_driver_a_device_or_the_second_file_one_line_says_so(self):
         with unittest.mock.patch("ctypes.CDLL", side_effect=OSError), \
                 unittest.mock.patch("shutil.which", "dnf".__eq__):
             self.assertRefused(1, r"no Vulkan loader .*\(dnf install vulkan-loader", "--vulkan --steps 1")
+        with unittest.mock.patch("shutil.which", "apk".__eq__):
+            checked, hint = vulkan_gemm.Vulkan._checked, r" on this system \(apk add vulkan-loader"
+            with self.assertRaisesRegex(vulkan_gemm.VulkanError, "^no Vulkan driver" + hint):
+                checked("vkCreateInstance", lambda: -9)()  # VK_ERROR_INCOMPATIBLE_DRIVER
+            for none in (lambda: vulkan_gemm.choose_device([]),
+                         checked("vkEnumeratePhysicalDevices", lambda: -3)):  # INITIALIZATION_FAILED
+                with self.assertRaisesRegex(vulkan_gemm.VulkanError, "^no Vulkan device" + hint):
+                    none()
         alone = self.script("--vulkan", script=shutil.copy(SCRIPT, "alone.py"), env={"PYTHONPATH": ""})[::2]
         line = "microgpt: error: --vulkan needs vulkan_gemm.py beside microgpt.py; nothing was saved\n"
         self.assertEqual(alone, (1, line))
@@ -787,6 +807,8 @@ class TestVulkan(Test):
         for name, after, goes_on in product(names.split(), (False, True), (False, True)):
             with self.subTest(name, after=after, goes_on=goes_on), vulkan_gemm.VulkanGemm(timeout=2) as gpu:
                 calls = self.recorded(gpu, "vkQueueWaitIdle", "vkFreeMemory")
+                self.six(gpu)
+                self.assertEqual(calls, [])  # the fence is enough
                 self.fail_once(gpu, "vk" + name, KeyboardInterrupt, after)
                 with self.assertRaises(KeyboardInterrupt):
                     gpu.matmul([[5.0]], [[5.0]])
@@ -826,6 +848,7 @@ class TestVulkan(Test):
             with patch(vulkan_gemm.Vulkan, "_checked", staticmethod(failing)), \
                     self.assertRaisesRegex(vulkan_gemm.VulkanError, f"^{name}: VK_ERROR_DEVICE_LOST$"), \
                     vulkan_gemm.VulkanGemm() as gpu:
+                gpu.pending = name == "vkQueueWaitIdle"  # which only follows an interrupt
                 self.six(gpu)
         for name in ("vkAllocateMemory", "vkMapMemory"):
             with vulkan_gemm.VulkanGemm() as gpu:
@@ -847,6 +870,10 @@ class TestVulkan(Test):
         self.assertEqual(sent, {1: 3 * 3 * products, 16: 3 * 2 * 6})  # all 4 heads of 4 documents at once
 
     def test_devices_are_listed_and_one_that_there_is_not_is_refused(self):
+        none = dict.fromkeys(("VK_DRIVER_FILES", "VK_ICD_FILENAMES"), "nowhere.json")
+        status, out, errors = self.script(script=vulkan_gemm.__file__, env=none)
+        self.assertEqual((status, out, errors.count("\n")), (1, "", 1))
+        self.assertRegex(errors, r"^vulkan_gemm: no Vulkan driver on this system \(.+\)\n$")
         status, out, errors = self.script(script=vulkan_gemm.__file__)
         self.assertEqual((status, out.count("device "), errors), (0, count_devices(), ""))
         self.assertIn(" computes right products\n", out)

@@ -109,7 +109,9 @@ def declare(name, s_type, fields, declared):
 for _name, _s_type, _fields in re.findall(r"(?m)^(Vk\w+)(?: (\d+))?((?:\s+\w+:\w+)+)", STRUCTURES):
     globals()[_name] = declare(_name, _s_type, _fields, globals())
 
-# The values of the specification's enumerations that are used here.
+# The values of the specification's enumerations that are used here. All functions and the shader are those of
+# Vulkan 1.0, so any driver will do. The program says that it knows 1.1 because one extension, which macOS
+# needs (see "Instance and device"), builds on a part of it.
 API_VERSION = 1 << 22 | 1 << 12                                 # Vulkan 1.1, of 2018
 ENUMERATE_PORTABILITY = 1                                       # VkInstanceCreateFlags
 QUEUE_COMPUTE, ONE_TIME_SUBMIT = 2, 1                           # VkQueueFlags, VkCommandBufferUsageFlags
@@ -130,6 +132,9 @@ SHADER_READ, SHADER_WRITE, HOST_READ = 0x20, 0x40, 0x2000       # VkAccessFlags
 RESULT_NAMES = dict(zip(range(-1, -12, -1), """OUT_OF_HOST_MEMORY OUT_OF_DEVICE_MEMORY INITIALIZATION_FAILED
     DEVICE_LOST MEMORY_MAP_FAILED LAYER_NOT_PRESENT EXTENSION_NOT_PRESENT FEATURE_NOT_PRESENT
     INCOMPATIBLE_DRIVER TOO_MANY_OBJECTS FORMAT_NOT_SUPPORTED""".split()))
+
+# What the loader answers where there is no driver, and where no driver has found its device.
+MISSING = {("vkCreateInstance", -9): "driver", ("vkEnumeratePhysicalDevices", -3): "device"}
 
 FUNCTIONS = """
 vkEnumerateInstanceExtensionProperties=ppp vkCreateInstance=ppp vkDestroyInstance:pp
@@ -166,9 +171,13 @@ def open_library():
             return (ctypes.WinDLL if sys.platform == "win32" else ctypes.CDLL)(os.path.join(folder, name))
         except OSError:
             continue
+    raise missing("loader")
+
+def missing(part):
+    """Return the error for a part of Vulkan that is not there. It says what to install."""
     hints = [command for program, command in INSTALL.items() if shutil.which(program)]
     hints.append("install the driver of your graphics card, or the Vulkan SDK")
-    raise VulkanError(f"no Vulkan loader on this system ({hints[0]})")
+    return VulkanError(f"no Vulkan {part} on this system ({hints[0]})")
 
 class Vulkan:
     """The loader's functions, each with its argument types, and with its VkResult checked if it has one."""
@@ -185,6 +194,8 @@ class Vulkan:
     def _checked(name, function):
         def call(*arguments):
             result = function(*arguments)
+            if (name, result) in MISSING:
+                raise missing(MISSING[name, result])
             if result < 0:
                 raise VulkanError(f"{name}: VK_ERROR_{RESULT_NAMES.get(result, result)}")
             return result
@@ -251,7 +262,7 @@ def choose_device(devices):
     """Return the first device, or the one that MICROGPT_VULKAN_DEVICE names by its index."""
     wanted = os.environ.get("MICROGPT_VULKAN_DEVICE") or "0"
     if not devices:
-        raise VulkanError("no Vulkan device on this system can compute")
+        raise missing("device")
     if not wanted.isdecimal() or int(wanted) >= len(devices):
         raise VulkanError(f"MICROGPT_VULKAN_DEVICE={wanted} must be a number below {len(devices)}")
     return devices[int(wanted)]
@@ -272,6 +283,10 @@ def create_device(vk, physical):
 # Python writes straight into it. Best for inputs is memory of the device's own. Many cards have a window of
 # only 256 MB to it, shared by all programs; when that is full, the next type must do. Results should be in
 # "cached" memory, since the host reads any other very slowly. All is "coherent": no need to flush it.
+#
+# So a card writes C over the bus, and where K is long, reads it back to add to it. The textbook keeps C in
+# the device's own memory and copies it at the end. That would gain little here: the bus carries a number in
+# about a nanosecond, while Python takes 12 to 29 to pack one.
 
 HOST = HOST_VISIBLE | HOST_COHERENT
 
@@ -582,17 +597,21 @@ class VulkanGemm(AbstractContextManager):
         self.vk.vkQueueSubmit(self.queue, 1, byref(info), self.fence)
         for _ in range(int(self.timeout / WAIT_SLICE)):
             if self.vk.vkWaitForFences(self.device, 1, byref(self.fence), 1, int(WAIT_SLICE * 1e9)) == 0:
-                return self._finish_pending()
+                return self._reset_fence()
         self.closed = True
         self._undo.pop_all()  # it is still running: better to leak memory than to free what is in use
         raise VulkanError(f"{self.physical.name} has not finished after {self.timeout:g} seconds")
 
     def _finish_pending(self):
-        """Wait for a submission, even an interrupted one that may never have reached the device."""
+        """Wait for a submission that an exception interrupted. It may never have reached the device, and then
+        its fence is never raised. So this waits for the queue, which is idle in either case."""
         if self.pending:
             self.vk.vkQueueWaitIdle(self.queue)
-            self.vk.vkResetFences(self.device, 1, byref(self.fence))
-            self.pending = False
+            self._reset_fence()
+
+    def _reset_fence(self):
+        self.vk.vkResetFences(self.device, 1, byref(self.fence))
+        self.pending = False
 
 # ---- The shader ------------------------------------------------------------------------------------------
 # Vulkan takes shaders as SPIR-V, which glslc compiles from GLSL. This file carries gemm.comp compiled, along
@@ -620,33 +639,33 @@ def compile_shader():
     with open(__file__, "w", encoding="utf-8", newline="") as file:
         file.write(text)
 
-SHADER_SHA256 = "99c0c959f44018f3c1c7070cbc3648065fddefb6a02b6a8a1a0e9d4c64248f86"
+SHADER_SHA256 = "fbcb63fc882c67d45658bed87c3903cdb28a898c6d649940de2dc17c9c9fee10"
 SHADER_SPIRV = """
-c-noJ3z$@88OP7r+1ZO+LO_88BC)BAXA@N9603-~5{rwXf?$oavkQ*S&fv~0q?G}J1zBlXnprAXYF^UJM1cY=3k3?YEUYZej18?6FPOLYJ@b
-3Fch9p=yU%&P^Zwua<@>%fiK?-+K@bN0f&sxHVG#Wt8dL=#YlE!)f|`hKYM$5JP%5`I9C!RNDmO4lMDogekH{ott(K=FlPf6RU!FmNS4Xyjp
-pHl76Y^gr>%*by)Qj!(%mrtqv&BNWvzSjW&KH-bGv#t;uC=S&UQ(GuRHmt=rKx#lI=ggfx>UX--=5Cr3hn8(TxWZ>oLknea&=BFSIFkO+Ppw
-gBz%lXi9=)REH0P#x+vx)`E*mh*qX`DDl98zGv!>dFzb{^wmKLrYqps0>L@6k3`Ph&qgW`FGljB*8D%@7QpRA8qc!K#9j&>~j_8UFtz;&>IM
--P!_h1@lYYfvGXJc56JWF%s>;=wVt=emAD_M?55R<-ZPjkFal=VV#J6YCJS4WRdv#b~KKEFq&I%t)3ac8k3ovHAas4wJJI(utPuC>Bjr}-dv
-ql;mqd*AN#_iA4GOtu}mTh=q%OI`VLrH<X?ltp(xbd&J<M{^qlBjq`bn&{tHR>MNDYKK*U)j2Ey*56^(V1pc%1RLtG8nEFGs|6bw#hd8ytFd
-c6k94^x{eDNUi}BaN525$r({k#L<*xp^$w}q+$L#ILp2briR%)p+4iU5};wK_~eLqZO)ZZ9vj1jt)92Nfv{Ca9SEZWT#UIO`k#IN{N=>A})K
-fu`^2+!Le0yb2l8Yb&#v1axEe~;RGFY%4QztTs5X?`Qg&*D*fl#6FHvNevMLjG{cvJw4}!aGscM&y+~N!Amg)z)-scM`T#cBb=nD*Q(0YaYG
-O+NR-EWB+_v)6RYd{qv)I>w`ArlR@u4t^=t<BG5h9hW=vkc50>c5-^J=M{kWTxmte~|7oYcE~bAa@f-aV@r@Fz`-pcmbG#3`|D*=p*j0KznA
-v#|-zxtqJhe4WqSM*aS+A#7I!_bDYZb8s<n+2ANqp2Y)3uHs9HSdz^h8H%uTPHgn`88RM`t)gJ%6R6wYF<x{2OER#u&XlM(=gB&e}`R(<SSH
-(OqBJo4OyTvG)dnuNIja?)!T1M()@{osFT`7~*Uk25vSE@7aG98-u}2emJ#Po4Wtr$DSSKWX6EsEi%J6*M@`NCNje~`xJjod>loe-w@uBoS8
-?_^RdqE2k5i;{vf_nPUb`4=KI6wDSlAwnO$99kqWEK(ZrHOek^f~b8#IV&2tc8s;}>F$!^v6an!1T{-~diBB$%CqCZ~N3G8p>9}E9j7yEI{?
-LEYPJXk$3D6JoX<Iz0^zZ0F`6X2bI-^sF0aek-5pX&U6jQwGLr-7MYr6<WV8Qn=vcLp&VeG0aw3w3IAmsR%K40sxE6KAW&GX<MdoQ>14v4WY
-L1(tI8&Whzb8F~Wr1ZVH##Ax<rgQZ;GX2<$A9$vGn?HqV>sBMd^bD0t4p8@|2=le{~7Mt0#nAv$w=4^1Q|2gQLP5sZ|JGKS;rxV+J7uy1O3y
-5u@tczUV&x3!S^ZN<TIrIBTFzdV0=gPAX-E*C87G0(FPP%~m$nw09JabOxB5<SgoFztgVAJ|kK&HdlE%tHVECpYM-o;=;qVujc!aAu%3cD9O
-n`La4oXsw9I~SK>qszs&oSc?9y-(3^leq*r#XrM+cqw?B(0adrn);<hCmqREuuF+i@0ZKCgR=DgGUT+ki|EfH7suyfwOj#~a<j7{HaiR9t#o
-s>3f?N_YPGCu++1A&{|e{(^W2X%S6=|Lxl;P_sJ0c|%iSD(k?#`g&6nuSmCpW`!Hxb3_kz(^;oow<8kwt{-LLj>cYF=p=I9zQKSy78b96N_X
-7d|;%+a;rHb>WC<60NrH_7Qbr+0m9j=qK5^=^)C0Jk~%HubYP`VQC)^mQ#*BfkZ$$2ZZ3o9OX+SvR;I-va*@7vFdJ#<3oM56pV3^v&|DNB3r
-@dn>v|-$uWTz8${J{`Z;v+mX@S?f^IXPQJme5gq-uybGB--CcAychRl*oW^(l58$mt_a3mjobJ6bU9I80$ZCx?kmm-M#}CQFdUzjL%JtyBSP
-#}iuYq3U?ENS<*Y|^^+`hd(wr^KM&xM}r?EN@4V-J9(+}-y;?CxuUx6#edgYX_?em2Rv+1-m<;BRrhf5JDh&CgH4>iPEC=Dxj@w^g2P*xBmr
-JRG}29>K2V^fP20ar^Y=ecU0Bf?GVlK=)B{FyGtUcjGUKdkgYgiC6K5<k^JIL)2`$tJ!1l9;0SEWZmg%whR6)7vrz^-C!~P8q8|8$JI=EyXD
-z~o!!pPZ(`@=6WFzy{T7)gT+M#h$9efAxW)5(be|*#^S#H_><`4f3;Er|tN7#c>_F#n=lhTNe#-g&6S&cTj?KZ-u{rn)GEY0Zf9)fuXTa^ee
-iq$loUOm%|5>N^95pqWza#gYlX*T?=YJsgJoB*^%;aC-ccI1mFXDaC$^0Aq4tnq(umQ}(0XGxMds&{hsqxFs&MQ5>YNFrhukky66g)dCUx#O
-U2dT5sZ;+#%oB!q9JP6P1ya~_F+_$j(Cbf78Oy}qT@xJZ+yc6@QmzDP$h84f>z%##9VTETtl=eOjxEK>*<#)K%q&oaxO<o{Q#S+-qiH)5uu4
-LG|=QUvkOSv<lChUDC>>%&W(3_pT+OYRr*M$`<<<8~0u=lyViQlS|<arkp)q2b
+c-noJ3z(E;7018X+1c5RO9&{CKqNY)@oa*MTw)avS7dQfR1mCjc6Pzh*%{oKg|sq2FhMIV?{~rSZkm}WSO{2I23eM1Woc$?Xr-j0W_Hduzq6
+kGo_*YXzUTeU|J*O{`+gIz8l4P+SkNcv7u3aq@Nd7MDu}Vx%i1TX3F*eBxlQ$@a%=sOM;)$m{eyTYue^_oOhVRbdD=6%g5rJU86bFdXe$V6c
+~m|w|5dVXiK$MV*iO%we`-2gER;Kn`ShZEaalT3E_dWwI?HV(mHC*;G&VOkHqA(9mn=z_%ID|X()nDWE!~>yXv>y!OWRbg*2(1x*?ecK7f6V
+Nk1-)}XiOc&W%6Dd#=JP6Zp;^3GWnT>rNwNfoGTV)9v8}12Lolz7W19$1*H?gFrlXx3#D?VP?j*mY=>3K7|eFG=6sT)HTPK|U9q8+%%m6PI!
+fhkOyg{cU|QpB1gnu}Nv@nd+u2L1z1G%}<#-@5>AUtc$NP9$&mp&IvX(mAyLFmmJ(u@+-8$7li>!+}itXu4g|}FJA-BTWTVrx972aCS2f15Z
+3>)10W~aYP^U7zkZO~n^p3+w8%$F;5>>{Tux_h7-h1WNn+aMS&&k58-|3<SK76YqxSQS{U!{T6l9aarCz+nln!49hd8|ttm*zhpkc(-4TUF&
+&}%SGu=IeKk`zZQNBdN)2Tr>;ou>aUBORDMsy-X82(Jhib(Ej7kLf>wq6c&M-M`-_bF8-<NgLMO>l@z27qqozZ`-CW_tk?%wNicf~_3ugNLo
+c;dry!}C7gC(jVvW^sMR{xKB)ZQnEZy5fSJ`hav8%}-}kJ2MtJR^~<ar_kW2S}C;=nog(F|sxwuk^999s{kmrc%3Ov8A#zoUh~IH#lE&>4nx
+d4X+yeXUUp&_A}_873NzPv?8Afdj4@8NFCyV?!i{{7lF4?E2S5MSv)y<Yjnxg`m6X)JN>m0{mY2o=;w)Vgjn58yd#<8-PrvHHR!^w(tE(n&T
+IHq`8VOItuYdv&YsSC9ktSV8ZTa}h$SGWeS#$Lkz}Tmjvg4H>m&4dM{BRAMfgn-dY+>*oS~k-!qHmWH4*+T5qd*}-W;KKIa+7!b?B**b^q|L
+uk20Tk5kxt1He~_Obz#a9e4wG?0(M1U~CL>HueWM8wYgnzlx24U?xA5+N(|7f1hN}j&L%g!0#8CA)ISN!S58AA)I}Rzb!rvrqAyR?;y_1gX#
+HbXZH~LY`#B@@064I47m9|6g|b?5qoA=*EglYDsvdIB#<9XTw`2ZhlTSTgqZ5<`}?w6^?eMrs;58d=X1#E`j+UAm318ZTlq)8Kf=X+By;-!u
+^$CiM+{2qN8ng=56AC#=l5uMN8@**tdpGI$?zvTzn^D+nBOU2=2z(n@=Qc`g43N&%tjxFt*JsCAKqn^y*3@5#@oo*s_{(1<|Jq11Z*s4CTD`
+BT)s0S`A&o$2R+W&JCPX8-Yl?`>)WhI-^Rjga<!ceZ#K1UmURv@qWqKLpX_{}!r5Xodnz+K*U6j)ZuLJMz0;`w>3qjFWB(*#o9AMi4{tuPEs
+%Ag>-(AT&vbsjz&U4rzX)c1SNaTj7NC2E)6Jr*wBAW)b01lr=a6U4>6{C0be^-s=yq&cp9;vdJG;eR&YLCRE73a-Y*2XKB}1%(TBNXhp0ioT
+X35#?1h;c>DK<J?e9Opbsnh!s{Wh8NkyHFD+=mx{w+gNI`<JO-T6EH(Tm`#;81;U+kUJ<#?=M77d%KYSEOc>vEmF(nU@12{%OkV10Nx5WS1a
+MIWUf}py4uav#qck7zQ4}>XmfQ5n9Y^a7lpO0=w9UJ=u*B*tT*4FH<vm4-vl@MTigpqUygsv{R(6*cXq$s%iZxEaGRqm!TcOu<>u%LWX$H(z
+0A=y;5J9sV&fVY-*x14t<$?cGDkNccfFgV8^LXkZlZoRM>m7rNMF~0HSk-|dVDK=xRoBSlXbo8@$K+$ckz9fZyf9K_rR>jO5Y~WI&^Pyx_6*
+!^qus}=)2(C?BC7o--V3kb`QAG_wo&PrReCl<$cK9>+Yiaxr^?==M=v4zYlK(x(|Te=X4*8=xPlgL{@9Go;=sPJbpkP*29OuQmzLNMS8FfdN
+uTFXYYrRxqcWd<@W8vk$t-gdJgm)XYWUm8G8gQ<?g;mB6nXiybW%C9)<TP^RrRbO>TZ3hyS?q{bRm~ZGL_NX7i);WAbc7_c8o#c7C6L_XK{o
+%DT<@eG>kY&hJn8_BOvi12ex$Z;@v!x?7y?&m;HMQ{-Uv`vo#jxijIHz1&w%gIf&0LicIDJ9oJ6PUUTvX9w|YcXoaqIrp9+H;d;t$UNiX`E4
+)f-m~Bq&+pKEmO7g69qya?_r$#g`R&BM)5Web&&jhB{pVa9e;|(MT^xS|H~LSJdcP2<_n(n@!P)&wFZsO)ZfEdI=)UM|{T2T&IlY&uugUxkx
+tE>HE0LQ29l2MS*Ii&H|0=)rEZ%<-?`uxxU*Px9kAH*pqsDt(jg|LC_*<k><2Rh0|8)DR34eFL#c%Tw@a+718=mRyqs~UZLymS9zROv-51!e
+151yT)|Hbxu)Z%q8ovFRV`@Zw@zlh%tB7SvaPebkl=QkFs@XUwO-p5`iTNSJPwzitYV;|P!RpL~v3L7@NJBfQ6^fnh~b*$$MBw`gT<<6``tm
+m1v6?>bYH#vJXv7U3Dj8(9dJA0F{o@ehyeveL&=l{{jcMJ
 """
 
 # ---- Which products gain ---------------------------------------------------------------------------------
