@@ -3,25 +3,26 @@
 """The tests and the benchmark of microgpt, in the order of the file's sections.
 
     python test_microgpt.py              run all tests
-    python test_microgpt.py benchmark    print what things cost on this machine
+    python test_microgpt.py TestGPT2     run those of one section; -k WORD runs those with a word in their name
     python test_microgpt.py readme       run everything that the README shows, as it stands there
+    python test_microgpt.py benchmark    print what things cost on this machine
 
 Gradients are held against finite differences, the engines against each other and a computation by hand, and
 the command line is run as a person runs it. Two things outside the repository are used if they are there, in
 ../shared: the reference's names and what it prints on them; the yardstick, which costs what it costs.
 """
 
-import contextlib, ctypes, gc, io, json, math, os, random, re, shlex, shutil, signal, statistics, struct
+import contextlib, ctypes, gc, inspect, io, json, math, multiprocessing, os, random, re, runpy, shlex, shutil, signal, statistics, struct
 import subprocess, sys, tempfile, threading, time, types, unittest, unittest.mock, warnings
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, count, product
+from itertools import chain, product
 from operator import mul
 
 import microgpt
 import vulkan_gemm
-from microgpt import CharTokenizer, Config, FastTensor, Matrix, Tensor, Value
+from microgpt import GPT, GPT2, CharTokenizer, FastTensor, Matrix, Tensor, Value, tape
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SCRIPT = os.path.join(HERE, "microgpt.py")
@@ -32,6 +33,7 @@ YARDSTICK = os.path.join(HERE, "../shared/yardstick/reference_cost.py")
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 ENGINES = Matrix, Tensor, FastTensor
 SHIPPED = microgpt.read_documents(os.path.join(HERE, "input.txt"))
+LONGER = r"microgpt: note: \d+ of \d+ documents? [^\n]*--context[^\n]*\n"  # than the context, and cut there
 needs_posix = unittest.skipUnless(hasattr(os, "fork"), "needs POSIX signals and limits")
 
 def read(path):
@@ -47,11 +49,6 @@ def flat(rows):
     rows = chain(*rows.values()) if isinstance(rows, dict) else rows
     return [a for row in rows for a in row]
 
-def read_file(name):
-    """The matrices and the metadata of a .safetensors file."""
-    (_, metadata), *tensors = microgpt.read_safetensors(name)
-    return dict(tensors), metadata
-
 def losses(out):
     """The losses of the steps, as they are printed."""
     return re.findall(r"\| loss (\S+)\r", out)
@@ -61,7 +58,7 @@ class Test(unittest.TestCase):
     timeout = 120  # seconds after which a process is killed, which its test notices
 
     def setUp(self):
-        microgpt.tape.clear()  # of a test that failed
+        tape.clear()  # of a test that failed
         microgpt.gpu_matmuls.cache_clear()
         for number in STOPS:  # a failing test may leave handlers, the collector, patches
             self.addCleanup(signal.signal, number, signal.getsignal(number))
@@ -76,7 +73,7 @@ class Test(unittest.TestCase):
         self.file("input.txt", "\n".join(SHIPPED[:60]))
 
     def tearDown(self):
-        self.assertEqual(len(microgpt.tape), 0)
+        self.assertEqual(len(tape), 0)
 
     def assertClose(self, got, wanted, tolerance=1e-9):
         """The same shape, and every number within a tolerance relative to the largest of them."""
@@ -95,28 +92,35 @@ class Test(unittest.TestCase):
         with open(name, "rb") as file:
             return file.read()
 
+    def remove(self, *names):
+        for name in filter(os.path.exists, names):
+            os.remove(name)
+
     def trace(self, name="run.jsonl"):
         """The lines of a trace that are of a step: all but the first."""
         return [json.loads(line) for line in self.content(name).splitlines()[1:]]
 
     def weights(self, name="run"):
-        tensors, _ = read_file(name)
+        tensors, _ = microgpt.read_safetensors(name)
         return {name: rows for name, rows in tensors.items() if not name.startswith("optimizer.")}
 
-    def main(self, flags="", *more, out=None, **options):
+    def metadata(self, name="run"):
+        """What a checkpoint says of itself, as objects."""
+        _, metadata = microgpt.read_safetensors(name)
+        return {key: json.loads(text) for key, text in metadata.items() if key != "format"}
+
+    def main(self, flags="", *more, out=None):
         """Run the command line in this process. Returns its status, standard output and standard error."""
         out, errors = out or io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # unittest shows more of them than a run does
-            status = microgpt.main([*flags.split(), *more], **options)
-        if status:
-            microgpt.tape.clear()  # of what it was at
+            status = microgpt.main([*flags.split(), *more])
         return status, out.getvalue(), errors.getvalue()
 
     def printed(self, flags="", *more):
-        """What a run prints that has nothing to complain of."""
+        """What a run prints that has nothing to complain of, except that documents are cut."""
         status, out, errors = self.main(flags, *more)
-        self.assertEqual((status, errors), (0, ""), (flags, more))
+        self.assertEqual((status, re.sub(LONGER, "", errors)), (0, ""), (flags, more))
         return out
 
     def assertRefused(self, status, pattern, flags, *more):
@@ -132,6 +136,7 @@ class Test(unittest.TestCase):
             options = {"start_new_session": True, "preexec_fn": handle, **options}
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         env = {**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONUNBUFFERED": "1", **dict(env)}
+        env = {name: value for name, value in env.items() if value is not None}
         command = [sys.executable, script, *flags.split(), *more]
         process = subprocess.Popen(command, bufsize=0, env=env, **{**pipes, **options})
         timer = threading.Timer(self.timeout, process.kill)
@@ -156,20 +161,23 @@ class Test(unittest.TestCase):
 # 1. Dataset -----------------------------------------------------------------------------------------------
 
 class TestDataset(Test):
-    def test_documents_are_the_stripped_lines_without_blank_ones_as_in_input_txt(self):
+    def test_documents_are_stripped_lines(self):
         path = self.file("a.txt", "\ufeffanna\r\n\r\n  bob b \n\t\n\nzoë\na\x0bb\u2028c\x85d")
         self.assertEqual(microgpt.read_documents(path), ["anna", "bob b", "zoë", "a\x0bb\u2028c\x85d"])
+
+    def test_input_txt_has_names(self):
         self.assertGreaterEqual(len(set(SHIPPED)), 5000)
         self.assertEqual(read(os.path.join(HERE, "input.txt")), "".join(f"{name}\n" for name in SHIPPED))
         self.assertTrue(all(re.fullmatch("[a-z]{2,15}", name) for name in SHIPPED))
 
 # 2. Characters --------------------------------------------------------------------------------------------
 
-class TestCharTokenizer(Test):
-    def test_ids_are_the_sorted_characters_then_bos_and_any_text_comes_back(self):
+class TestCharacters(Test):
+    def test_ids_are_sorted_and_bos_is_last(self):
         tokenizer = CharTokenizer(["zyxwvutsrqponm", "abcdefghijkl", "emma"])
-        self.assertEqual([tokenizer.bos, *tokenizer.encode("emma"), tokenizer.bos], [26, 4, 12, 12, 0, 26])
-        self.assertEqual(tokenizer.vocab_size, 27)
+        self.assertEqual([tokenizer.bos, *tokenizer.encode("emma"), tokenizer.vocab_size], [26, 4, 12, 12, 0, 27])
+
+    def test_any_text_comes_back(self):
         for text in ("", "anna", "e\u0301e\u0301", "👩‍👩‍👧 🇫🇷", "שלום עולם", "a\nb\tc \0", "\U0010ffff"):
             tokenizer = CharTokenizer([text, "x"])
             ids = [tokenizer.bos, *tokenizer.encode(text), tokenizer.bos]
@@ -177,13 +185,13 @@ class TestCharTokenizer(Test):
             with self.assertRaisesRegex(KeyError, "é"):
                 tokenizer.encode(text + "é")
 
-# 3. Autograd on one number --------------------------------------------------------------------------------
+# 3. Autograd ----------------------------------------------------------------------------------------------
 
 FUNCTIONS = {name: lambda a, name=name, plain=plain: getattr(a, name)() if isinstance(a, Value) else plain(a)
              for name, plain in (("exp", math.exp), ("log", math.log), ("relu", lambda a: max(0.0, a)))}
 
-class TestValue(Test):
-    def test_every_operator_against_finite_differences(self):
+class TestAutograd(Test):
+    def test_operators_against_finite_differences(self):
         one_number = "-a; a + 2; 2 + a; a - 2; 2 - a; a * 3; 3 * a; a / 3; 3 / a; a ** 3; a ** -0.5"
         functions = "exp(a); exp(-a); log(a); relu(a); relu(-a); relu(a - b)"
         both = "a + b; a - b; a * b; a / b; a + a; a * a + a / a - a; (a * b + a) * (a - b) / (a * a + 1)"
@@ -196,26 +204,50 @@ class TestValue(Test):
                 with self.subTest(source, a=x, b=y):
                     out = f(a, b)
                     self.assertAlmostEqual(out.data, f(x, y), 12)
-                    inputs = {*chain(*[node.inputs for node in microgpt.tape])}
-                    self.assertLessEqual(inputs, {a, b, *microgpt.tape})  # a plain number makes no node
-                    microgpt.backward(out)
+                    inputs = {*chain(*[node.inputs for node in tape])}
+                    self.assertLessEqual(inputs, {a, b, *tape})  # a plain number makes no node
+                    out.backward()
                     self.assertAlmostEqual(a.grad, (f(x + h, y) - f(x - h, y)) / (2 * h), 6)
                     self.assertAlmostEqual(b.grad, (f(x, y + h) - f(x, y - h)) / (2 * h), 6)
 
-    def test_the_example_of_section_3(self):
+    def test_example_of_the_section(self):
         a, b = Value(2.0), Value(3.0)
         c = a * b + a
-        microgpt.backward(c)
+        c.backward()
         self.assertEqual((c.data, a.grad, b.grad), (8.0, 4.0, 2.0))
-        microgpt.backward(a * b)  # gradients add up
+        (a * b).backward()  # gradients add up
         self.assertEqual((a.grad, b.grad), (7.0, 4.0))
         x = a = Value(1.0)
         for _ in range(20_000):  # no graph is too deep
             x = x * 1.00001 + 0.0
-        microgpt.backward(x)
+        x.backward()
         self.assertAlmostEqual(a.grad, 1.00001**20_000, 6)
 
-# 4 and 9. The operations, in Values and a matrix at a time; and those of section 14 ------------------------
+    def test_unused_results_change_nothing(self):
+        a, b = Value(2.0), Value(5.0)
+        unused = (a * b).exp()
+        loss = a * a + 1
+        after = loss * b + unused
+        loss.backward()
+        self.assertEqual((a.grad, b.grad, unused.grad, after.grad, tape), (4.0, 0.0, 0.0, 0.0, []))
+
+    def test_a_loss_no_longer_on_the_tape_is_refused(self):
+        a = Value(2.0)
+        first, second = a * 3, a * a
+        first.backward()
+        for lost in (first, second, a):  # a was never there, as nothing computed it
+            with self.assertRaises(RuntimeError):
+                lost.backward()
+        self.assertEqual(a.grad, 3.0)
+        (a * 3 + a * a).backward()  # this is how to use both
+        self.assertEqual(a.grad, 3.0 + 7.0)
+
+    def test_repr_shows_number_and_gradient(self):
+        a = Value(2 / 3)
+        (a * 3).backward()
+        self.assertEqual([repr(a), repr(Value(-4.0))], ["Value(0.6667, grad=3)", "Value(-4, grad=0)"])
+
+# 4. The operations ----------------------------------------------------------------------------------------
 
 def operations(rng):
     """Name -> (operation, its inputs) on random shapes, down to one row and one channel."""
@@ -224,30 +256,30 @@ def operations(rng):
     ids = [rng.randrange(e) for _ in range(t)]
     n_head, size = rng.randint(1, 3), rng.randint(1, 4)
     lengths = [rng.randint(1, 4) for _ in range(rng.randint(1, 3))]
-    qkv = [normal(rng, sum(lengths), n_head * size) for _ in "qkv"]
-
-    def attention(q, k, v):
-        return q.attention(k, v, n_head, [cache for n in lengths for cache in [([], [])] * n])
-
+    positions = [position for n in lengths for position in range(n)]
     return {
         "embed": (lambda table: table.embed(ids), [w]), "add": (lambda x, z: x + z + x.rmsnorm(), [x, z]),
         "linear": (lambda x, w: x.linear(w), [x, w]), "linear by itself": (lambda x: x.linear(x), [x]),
         "rmsnorm": (lambda x: x.rmsnorm(), [[[0.0] * d, *x]]), "cross entropy": (lambda x: x, [x]),
         "relu of a relu": (lambda x, w: (x.linear(w).relu() + x.linear(w)).relu(), [x, w]),
         "mlp": (lambda x, w, back: x.linear(w).relu().linear(back), [x, w, back]),
-        "attention": (attention, qkv),
-        "center": (lambda x: x.center(), [x]), "product": (lambda x, z: x * z, [x, z]),
-        "square": (lambda x: x * x, [x]), "gelu": (lambda x: x.gelu(), [x]),
+        "relus alone": (lambda x, w, back: x.relu().linear(w.relu()).relu().linear(back).relu(), [x, w, back]),
+        "attention": (lambda q, k, v: q.attention(k, v, n_head, positions, []),
+                      [normal(rng, sum(lengths), n_head * size) for _ in "qkv"]),
+        "results and inputs that are not used": (lambda x, z: (x + z, z.rmsnorm(), x.relu())[2], [x, z, w]),
+        "center": (microgpt.center, [x]), "multiply": (microgpt.multiply, [x, z]),
+        "square": (lambda x: microgpt.multiply(x, x), [x]), "gelu": (microgpt.gelu, [x]),
     }
 
 def gradients(engine, f, inputs):
     """The numbers of f's result, a loss that depends on all of it, and the gradients of the inputs."""
-    microgpt.tape.clear()
+    tape.clear()
     inputs = list(map(engine.wrap, inputs))
-    out = f(*inputs)
+    out = f(*inputs[: f.__code__.co_argcount])
     head = engine.wrap(normal(random.Random(1), 3, len(out.data[0])))
     loss = out.linear(head).cross_entropy([t % 3 for t in range(len(out.data))])
-    microgpt.backward(loss)
+    out.relu()  # which stands behind the loss on the tape
+    loss.backward()
     return out.data, loss.data, [matrix.grad for matrix in inputs]
 
 def slope(f, row, j, h=1e-6):
@@ -258,62 +290,79 @@ def slope(f, row, j, h=1e-6):
     row[j] = before
     return (results[0] - results[1]) / (2 * h)
 
+def softmax(scores, temperature=1):
+    exps = [math.exp((a - max(scores)) / temperature) for a in scores]
+    return [e / sum(exps) for e in exps]
+
 class TestOperations(Test):
-    def test_every_operation_against_finite_differences_and_the_engines_against_each_other(self):
+    def assertRounded(self, values, wanted):
+        tape.clear()
+        self.assertEqual([round(a.data, 2) for a in values], wanted)
+
+    def test_every_operation_against_finite_differences(self):
         for seed in range(12):
             for name, (f, inputs) in operations(random.Random(seed)).items():
                 before, rng = json.dumps(inputs), random.Random(seed)
-                out, loss, grads = gradients(Matrix, f, inputs)
+                _, _, grads = gradients(Matrix, f, inputs)
                 with self.subTest(name, seed=seed):
                     for rows, grad in zip(inputs, grads):
                         i, j = rng.randrange(len(rows)), rng.randrange(len(rows[0]))
                         wanted = slope(lambda: gradients(Matrix, f, inputs)[1], rows[i], j)
                         self.assertAlmostEqual(grad[i][j], wanted, delta=1e-6 * max(1, abs(wanted)))
-                    for engine in (Tensor, FastTensor):
-                        got, got_loss, got_grads = gradients(engine, f, inputs)
-                        for a, b in zip([got, [[got_loss]], *got_grads], [out, [[loss]], *grads]):
-                            self.assertClose(a, b)
                     self.assertEqual(json.dumps(inputs), before)
 
-    def test_large_logits_and_scores_and_relu_at_0(self):
+    def test_examples_of_the_section(self):
+        numbers = lambda *row: list(map(Value, row))
+        self.assertRounded(microgpt.softmax(numbers(2, 1, 0)), [0.67, 0.24, 0.09])
+        self.assertRounded(microgpt.rmsnorm(numbers(3, 4)), [0.85, 1.13])
+        self.assertRounded([microgpt.dot(numbers(1, 2, 3), numbers(4, 5, 6))], [32])
+        keys = [numbers(*key) for key in ([0, 1, 0, 0], [1, 0, 2, 0], [0, 1, 1, 1])]
+        self.assertRounded(microgpt.attend(numbers(2, 0, 1, 1), keys, [numbers(5), numbers(1), numbers(0)]), [1.12])
+        self.assertRounded(Matrix.wrap([[1, 2]]).linear(Matrix.wrap([[3, 4], [5, 6]])).rows[0], [11, 17])
+        self.assertRounded([Matrix.wrap([[0.0] * 27]).cross_entropy([5])], [3.3])
+
+    def test_large_scores_do_not_overflow(self):
         for engine in ENGINES:
             for row, wanted, grad in (([-1e4, 1e4, 0.0], 2e4, [-1.0, 1.0, 0.0]),
                                       ([1e4, 1e4, 1e4], math.log(3), [-2 / 3, 1 / 3, 1 / 3])):
                 x = engine.wrap([row])
                 loss = x.cross_entropy([0])
                 self.assertAlmostEqual(loss.data, wanted, 9)
-                microgpt.backward(loss)
+                loss.backward()
                 self.assertClose(x.grad, [grad])
             for keys, wanted in (([[1e4], [1e4]], [[1.0], [1.5]]), ([[1e4], [-1e4]], [[1.0], [1.0]])):
                 q, k, v = map(engine.wrap, ([[1.0], [1.0]], keys, [[1.0], [2.0]]))
-                self.assertClose(q.attention(k, v, 1, [([], [])] * 2).data, wanted)
+                self.assertClose(q.attention(k, v, 1, [0, 1], []).data, wanted)
+                tape.clear()
+
+    def test_relu_at_0_passes_nothing(self):
+        for engine in ENGINES:
             out, _, (grad,) = gradients(engine, lambda x: x.relu(), [[[0.0, -0.0, 1.0, -1.0]]])
             self.assertEqual(out, [[0.0, 0.0, 1.0, 0.0]])
             self.assertEqual([a != 0 for a in grad[0]], [False, False, True, False])
 
-# 5. GPT, and section 14, GPT-2 as published ----------------------------------------------------------------
+# 5. GPT ---------------------------------------------------------------------------------------------------
 
 DOCS = [[1, 2, 3, 4], [5, 6], [7, 1, 1, 2, 9, 10]]
-MODELS = (microgpt.gpt, microgpt.shapes), (microgpt.gpt2, microgpt.gpt2_shapes)
 
-def model(shapes=microgpt.shapes, n_layer=2, n_embd=8, n_head=2, block_size=8, vocab_size=11):
+def small(kind=GPT, n_layer=2, n_embd=8, n_head=2, block_size=8, vocab_size=11):
     """A small model with weights large enough to matter, all of them."""
-    config = Config(vocab_size, n_layer, n_embd, n_head, block_size)
-    return config, {name: normal(random.Random(name), *shape) for name, shape in shapes(config).items()}
+    model = kind(vocab_size, n_layer, n_embd, n_head, block_size)
+    return model, {name: normal(random.Random(name), *shape) for name, shape in model.shapes().items()}
 
-def logits(engine, config, weights, *chunks, gpt=microgpt.gpt):
-    """The logits of a document that is handed over in chunks."""
+def logits(engine, model, weights, *calls):
+    """The logits of some rows, handed over in calls, each a list of (id, position)."""
     w = {name: engine.wrap(rows) for name, rows in weights.items()}
-    cache, out = microgpt.new_cache(config), []
-    for chunk in chunks:
-        positions = range(len(out), len(out) + len(chunk))
-        out += gpt(config, w, chunk, positions, [cache] * len(chunk)).data
-        microgpt.tape.clear()
+    cache, out = model.new_cache(), []
+    for call in calls:
+        ids, positions = zip(*call)
+        out += model.logits(w, list(ids), list(positions), cache).data
+        tape.clear()
     return out
 
-def softmax(scores, temperature=1):
-    exps = [math.exp((a - max(scores)) / temperature) for a in scores]
-    return [e / sum(exps) for e in exps]
+def placed(*docs):
+    """The (id, position) of documents that follow one another."""
+    return [(i, position) for doc in docs for position, i in enumerate(doc)]
 
 def gelu(a):
     return a / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)))
@@ -359,183 +408,273 @@ def by_hand(weights, ids, n_head):
         out.append([sum(map(mul, row, x)) for row in weights["wte" if gpt2 else "lm_head"]])
     return out, maps
 
-class TestGPT(Test):
-    def test_the_loss_of_the_first_weights_is_that_of_the_reference(self):
-        config = Config(vocab_size=27, n_layer=2)
-        weights = microgpt.initial_weights(config, random.Random(42))
+def loss_by_hand(weights, doc, n_head=4):
+    """-log(p) of each token of a document but the first."""
+    rows = by_hand(weights, doc[:-1], n_head)[0]
+    return [-math.log(softmax(row)[target]) for row, target in zip(rows, doc[1:])]
+
+class Models:
+    """The tests of a model, for each of the two."""
+    def test_logits_against_a_computation_by_hand(self):
+        tokens = [1, 2, 3, 3, 10, 0, 7, 2]
+        for engine in ENGINES:
+            model, weights = small(self.kind)
+            rows = placed(tokens)
+            whole = logits(engine, model, weights, rows)
+            self.assertClose(whole, by_hand(weights, tokens, 2)[0])
+            for calls in [[row] for row in rows], (rows[:3], rows[3:4], rows[4:]):
+                self.assertClose(logits(engine, model, weights, *calls), whole, 1e-12)
+
+    def test_documents_in_one_call_are_each_alone(self):
+        model, weights = small(self.kind)
+        a, b, c, d = [1, 2, 3], [4, 4, 4, 4, 4, 4, 4, 4], [5], [6, 0, 1, 2]
+        wanted = [row for doc in (a, b, c, d) for row in by_hand(weights, doc, 2)[0]]
+        rows = placed(a, b, c, d)
+        for engine in ENGINES:
+            self.assertClose(logits(engine, model, weights, rows), wanted)
+            self.assertClose(logits(engine, model, weights, rows[:6], rows[6:10], rows[10:]), wanted)
+        single = [logits(Tensor, model, weights, placed(doc)) for doc in (a, b, c, d)]
+        self.assertClose(list(chain(*single)), wanted)
+
+    def test_gradients_against_finite_differences(self):
+        (model, weights), rng = small(self.kind), random.Random(2)
+        compute = lambda engine: microgpt.loss_and_grads(model, weights, DOCS, engine)
+        loss, wanted = compute(Matrix)
+        logs = [a for doc in DOCS for a in loss_by_hand(weights, doc, 2)]
+        self.assertAlmostEqual(loss, statistics.mean(logs), 10)
+        for engine in (Tensor, FastTensor):
+            got, grads = compute(engine)
+            self.assertAlmostEqual(got, loss, 12)
+            self.assertEqual(list(grads), list(weights))
+            for name in weights:
+                self.assertClose(grads[name], wanted[name])
+        for name, rows in weights.items():
+            i, j = rng.randrange(len(rows)), rng.randrange(len(rows[0]))
+            number = slope(lambda: compute(FastTensor)[0], rows[i], j)
+            self.assertAlmostEqual(wanted[name][i][j], number, 6, name)
+
+class TestGPT(Models, Test):
+    kind = GPT
+
+    def test_first_loss_is_the_reference_s(self):
+        model = GPT(vocab_size=27, n_layer=2)
+        weights = model.initial_weights(random.Random(42))
         docs = [[26, 4, 12, 12, 0, 26], [26, 0, 21, 0, 26]]
-        loss, _ = microgpt.loss_and_grads(config, weights, docs, Tensor)
+        loss, _ = microgpt.loss_and_grads(model, weights, docs, Tensor)
         self.assertAlmostEqual(loss, 3.140505474484, 11)
 
-    def test_a_gpt2_begins_as_published(self):
-        self.printed("--steps 0 --samples 0 --layers 2 --d-model 64 --arch gpt2 --save run")
-        weights = self.weights()
-        self.assertNotIn("lm_head", weights)  # that is wte
-        names = ["attn_wq", "attn_wk", "attn_wv", "attn_wo", "mlp_fc1", "mlp_fc2", "ln1", "ln2"]
-        names = ["wte", "wpe", "ln_f", *[f"layer{i}.{name}" for i in (0, 1) for name in names]]
-        biases = [f"{name}.bias" for name in names if name not in ("wte", "wpe")]
-        self.assertEqual(set(weights), {*names, *biases})
-        for name, rows in weights.items():
-            deviation = math.sqrt(sum(a * a for a in flat(rows)) / len(flat(rows)))
-            if name in biases or "ln" in name:
-                self.assertEqual(set(flat(rows)), {0.0 if name in biases else 1.0}, name)
-            else:
-                residual = name.endswith(("attn_wo", "mlp_fc2"))
-                self.assertAlmostEqual(deviation, 0.01 if residual else 0.02, delta=0.001, msg=name)
+    def test_heads_must_divide_the_channels(self):
+        self.assertEqual(GPT(27, n_embd=6, n_head=3), GPT(27, 1, 6, 3, 16))
+        with self.assertRaisesRegex(ValueError, "4 heads"):
+            GPT(27, n_embd=6)
 
-    def test_logits_are_those_of_a_computation_by_hand_in_one_pass_or_several(self):
-        tokens = [1, 2, 3, 3, 10, 0, 7, 2]
-        for (gpt, shapes), engine in product(MODELS, ENGINES):
-            config, weights = model(shapes)
-            whole = logits(engine, config, weights, tokens, gpt=gpt)
-            self.assertClose(whole, by_hand(weights, tokens, 2)[0])
-            for chunks in [[token] for token in tokens], (tokens[:3], tokens[3:4], tokens[4:]):
-                got = logits(engine, config, weights, *chunks, gpt=gpt)
-                if engine is FastTensor:  # where it leaves out zeros depends on the rows that it gets
-                    self.assertClose(got, whole, 1e-12)
-                else:
-                    self.assertEqual(got, whole)
+    def test_weights_that_are_not_used_have_zero_gradients(self):
+        class NoPositions(GPT):
+            def logits(self, w, ids, positions, cache):
+                w["wpe"].embed(positions).rmsnorm()  # a result that is not used
+                return w["wte"].embed(ids).linear(w["lm_head"])
 
-    def test_gradients_of_the_whole_model_against_finite_differences_and_each_other(self):
-        for gpt, shapes in MODELS:
-            (config, weights), rng = model(shapes), random.Random(2)
-            compute = lambda engine: microgpt.loss_and_grads(config, weights, DOCS, engine, gpt)
-            loss, wanted = compute(Matrix)
-            for engine in (Tensor, FastTensor):
-                got, grads = compute(engine)
-                self.assertAlmostEqual(got, loss, 12)
-                self.assertEqual(list(grads), list(weights))
-                for name in weights:
-                    self.assertClose(grads[name], wanted[name])
+        model, weights = small(NoPositions)
+        for engine in ENGINES:
+            _, grads = microgpt.loss_and_grads(model, weights, DOCS, engine)
             for name, rows in weights.items():
-                i, j = rng.randrange(len(rows)), rng.randrange(len(rows[0]))
-                number = slope(lambda: compute(FastTensor)[0], rows[i], j)
-                self.assertAlmostEqual(wanted[name][i][j], number, 6, name)
+                self.assertEqual(list(map(len, grads[name])), list(map(len, rows)))
+                self.assertEqual(any(flat(grads[name])), name in ("wte", "lm_head"), name)
 
-# 6. Adam, and section 15, the other optimizers ------------------------------------------------------------
+# 6. Adam --------------------------------------------------------------------------------------------------
 
-class TestOptimizers(Test):
-    def test_steps_of_each_against_its_formula(self):
-        square = lambda v, g: b2 * v + (1 - b2) * g * g
-        adam = lambda w, g, m, v, t: w - lr * (m / (1 - b1**t)) / (math.sqrt(v / (1 - b2**t)) + eps)
-        mean = lambda m, g: b1 * m + (1 - b1) * g
-        formulas = {  # name -> how m, v and then w move
-            "sgd": (lambda m, g: m, lambda v, g: v, lambda w, g, m, v, t: w - lr * g),
-            "momentum": (lambda m, g: b1 * m + g, lambda v, g: v, lambda w, g, m, v, t: w - lr * m),
-            "rmsprop": (lambda m, g: m, square, lambda w, g, m, v, t: w - lr * g / (math.sqrt(v) + eps)),
-            "adam": (mean, square, adam),
-            "adamw": (mean, square, lambda w, g, m, v, t: adam(w, g, m, v, t) - lr * decay * w),
-        }
-        optimizers = [*microgpt.OPTIMIZERS.items(), ("adam", microgpt.adam)]
-        for (name, optimizer), b1, eps in product(optimizers, (0.85, 0.9), (1e-8, 0.1)):
-            b2, decay, rng, (move_m, move_v, move_w) = 0.99, 0.01, random.Random(4), formulas[name]
-            settings = {} if b1 == 0.85 else {"beta1": b1}  # or the defaults
-            weights = {"a": normal(rng, 2, 3), "b": normal(rng, 1, 2)}
-            m, v = microgpt.zeros(weights), microgpt.zeros(weights)
-            wanted = [(w, 0.0, 0.0) for w in flat(weights)]
-            for t in range(1, 6):
-                lr, grads = 0.1 / t, {"a": normal(rng, 2, 3), "b": [[0.0, 1e-7]]}
-                optimizer(weights, grads, m, v, t - 1, lr, eps=eps, **settings)
-                for i, (g, (w, mi, vi)) in enumerate(zip(flat(grads), wanted)):
-                    mi, vi = move_m(mi, g), move_v(vi, g)
-                    wanted[i] = move_w(w, g, mi, vi, t), mi, vi
-                with self.subTest(name, b1=b1, eps=eps, t=t):
-                    for got, numbers in zip((weights, m, v), zip(*wanted)):
-                        self.assertClose([flat(got)], [numbers], 1e-12)
+def adam_by_formula(w, g, m, v, t, lr, beta1=0.85, beta2=0.99, eps=1e-8):
+    m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+    return w - lr * (m / (1 - beta1**t)) / (math.sqrt(v / (1 - beta2**t)) + eps), m, v
 
-    def test_clipping_goes_by_the_norm_of_all_gradients_together(self):
-        for grads, wanted in (
-            ({"a": [[1.0, -1.0]], "b": [[0.5]]}, [1.0, -1.0, 0.5]),  # small enough
-            ({"a": [[2.0, 0.0], [0.0, -3.0]], "b": [[6.0]]}, [4 / 7, 0.0, 0.0, -6 / 7, 12 / 7]),  # norm 7
-            ({"a": [[1.5]], "b": [[1.5]]}, [math.sqrt(2)] * 2),  # above the limit of 2 only together
-        ):
+class Optimizing(Test):
+    def assertMoves(self, optimizer, formula, **settings):
+        """Five steps of an optimizer move weights, m, and v by the formula, for each number."""
+        rng = random.Random(4)
+        weights = {"a": normal(rng, 2, 3), "b": normal(rng, 1, 2)}
+        m, v = microgpt.zeros(weights), microgpt.zeros(weights)
+        wanted = [(w, 0.0, 0.0) for w in flat(weights)]
+        for t in range(1, 6):
+            lr, grads = 0.1 / t, {"a": normal(rng, 2, 3), "b": [[0.0, 1e-7]]}
             before = repr(grads)
-            self.assertClose([flat(microgpt.clip(grads, 2.0))], [wanted], 1e-12)
+            optimizer(weights, grads, m, v, t - 1, lr, **settings)
             self.assertEqual(repr(grads), before)
+            wanted = [formula(w, g, mi, vi, t, lr, **settings) for g, (w, mi, vi) in zip(flat(grads), wanted)]
+            for got, numbers in zip((weights, m, v), zip(*wanted)):
+                self.assertClose([flat(got)], [numbers], 1e-12)
 
-    def test_schedules_at_their_corners(self):
-        def rate(schedule, step, warmup=10, steps=110):
-            args = types.SimpleNamespace(lr=0.5, steps=steps, warmup_steps=warmup, schedule=schedule)
-            return microgpt.learning_rate(args, step)
+class TestAdam(Optimizing):
+    def test_steps_against_the_formula(self):
+        for settings in {}, {"beta1": 0.9, "beta2": 0.8, "eps": 0.1}:
+            self.assertMoves(microgpt.adam, adam_by_formula, **settings)
 
-        half = lambda share: 0.25 * (1 + math.cos(math.pi * share))
-        for name, ends in (("linear", [0.25, 0.375, 0.005]), ("cosine", [half(0.5), half(0.25), half(0.99)]),
-                           ("constant", [0.5] * 3)):
-            got = [rate(name, 0), rate(name, 9), rate(name, 10), rate(name, 0, 0), rate(name, 99, 100, 100)]
-            got += [rate(name, 60), rate(name, 35), rate(name, 109)]
-            self.assertClose([got], [[0.05, 0.5, 0.5, 0.5, 0.5, *ends]], 1e-12)
+    def test_examples_of_the_section(self):
+        for sign, size, least, most in (1, 5, 0.999, 1.001), (1, 0.01, 0.999, 1.001), (-1, 5, 0.07, 0.09):
+            weights, m, v, g = {"w": [[0.0]]}, {"w": [[0.0]]}, {"w": [[0.0]]}, size
+            for step in range(200):
+                before = weights["w"][0][0]
+                microgpt.adam(weights, {"w": [[g]]}, m, v, step, 0.01)
+                moved = abs(weights["w"][0][0] - before) / 0.01
+                g *= sign
+            self.assertTrue(least < moved < most, (sign, size, moved))
 
-# 7 and 8. Training and sampling ---------------------------------------------------------------------------
+# 7. Training and sampling ---------------------------------------------------------------------------------
 
-class TestTraining(Test):
-    def test_part_one_runs_by_itself_and_does_what_the_command_line_does(self):
+class Recorder(random.Random):
+    """A generator that keeps the odds that it draws by."""
+    def __init__(self, seed):
+        super().__init__(seed)
+        self.odds = []
+
+    def choices(self, population, weights):
+        self.odds.append([a / sum(weights) for a in weights])
+        return super().choices(population, weights=weights)
+
+class TestSampling(Test):
+    def test_a_sample_ends_at_bos_or_the_context(self):
+        (model, weights), rng = small(vocab_size=3), random.Random(7)
+        samples = [microgpt.sample(model, weights, 2, 1e9, rng) for _ in range(30)]  # all are equally likely
+        self.assertEqual(set(flat(samples)), {0, 1})
+        self.assertEqual((max(map(len, samples)), min(map(len, samples)), tape), (8, 0, []))
+
+    def test_each_draw_goes_by_the_whole_text(self):
+        (model, weights), rng = small(vocab_size=5), Recorder(3)
+        for temperature in (0.5, 1.0, 7.0) * 3:
+            rng.odds.clear()
+            ids = microgpt.sample(model, weights, 4, temperature, rng)
+            rows = by_hand(weights, [4, *ids][:8], 2)[0]
+            self.assertEqual(len(rng.odds), min(len(ids) + 1, 8))
+            self.assertClose(rng.odds, [softmax(row, temperature) for row in rows])
+
+# 8. Putting it together -----------------------------------------------------------------------------------
+
+class TestPartOne(Test):
+    def test_it_runs_by_itself_as_the_command_line_does(self):
         part_one, _ = read(SCRIPT).split("# PART TWO")
         self.file("long.txt", "ab" * 12 + "\nb\ncab\n")  # longer than the context, and fewer than the steps
         calls = "train_and_sample(steps=5)\ntrain_and_sample('long.txt', 7)\n"
         wanted = self.printed("--steps 5") + self.printed("--steps 7 --corpus long.txt")
         self.assertEqual(self.script(script=self.file("part_one.py", part_one + calls)), (0, wanted, ""))
 
-    def test_a_sample_ends_at_bos_or_after_block_size_tokens_and_leaves_nothing_on_the_tape(self):
-        (config, weights), rng = model(vocab_size=3), random.Random(7)
-        for _ in range(30):
-            ids = microgpt.sample(config, weights, 2, 1e9, rng)  # all tokens are equally likely
-            self.assertEqual((set(ids) - {0, 1}, len(ids) <= 8, microgpt.tape), (set(), True, []))
+# 9. The same operations, a matrix at a time ---------------------------------------------------------------
+
+class TestTensor(Test):
+    def test_every_operation_against_values(self):
+        for seed in range(24):
+            for name, (f, inputs) in operations(random.Random(seed)).items():
+                before, (out, loss, grads) = json.dumps(inputs), gradients(Matrix, f, inputs)
+                for engine in (Tensor, FastTensor):
+                    with self.subTest(name, seed=seed, engine=engine):
+                        got, got_loss, got_grads = gradients(engine, f, inputs)
+                        for a, b in zip([got, [[got_loss]], *got_grads], [out, [[loss]], *grads]):
+                            self.assertClose(a, b)
+                        self.assertEqual(json.dumps(inputs), before)
+
+    def test_the_tape_holds_an_operation_each_by_name(self):
+        for engine in (Tensor, FastTensor):
+            x = engine.wrap([[1.0, -2.0], [3.0, 4.0]])
+            out = microgpt.gelu(microgpt.multiply(x.embed([1, 0]).relu() + x, x).rmsnorm())
+            loss = out.attention(out, out, 1, [0, 1], []).linear(x).cross_entropy([0, 1])
+            names = "embed relu add multiply rmsnorm gelu attention linear cross_entropy".split()
+            self.assertEqual([result.name for result in tape], names)
+            self.assertIs(tape[-1], loss)
+            tape.clear()
+
+    def test_a_loss_no_longer_on_the_tape_is_refused(self):
+        x = Tensor([[1.0, 2.0]])
+        first, second = x.cross_entropy([0]), x.cross_entropy([1])
+        first.backward()
+        self.assertClose(x.grad, [[softmax([1, 2])[0] - 1, softmax([1, 2])[1]]])
+        for lost in (first, second):
+            with self.assertRaises(RuntimeError):
+                lost.backward()
 
 # 10. Faster products --------------------------------------------------------------------------------------
 
-class TestFastTensor(Test):
-    def test_products_of_all_lengths_and_of_mostly_zeros(self):
-        rng, lengths = random.Random(8), (1, 2, 15, 16, 17, 63, 64, 65, 66, 128, 256, 257, 300)
+class TestProducts(Optimizing):
+    def test_all_lengths_and_mostly_zeros(self):
+        rng, lengths = random.Random(8), (1, 2, 3, 15, 16, 17, 63, 64, 65, 66, 128, 257)
 
         def matrix(length, density):
             rows = normal(rng, rng.choice([1, 2, 5, 9]), length) + [[0.0] * length] * (density < 1)
-            return [[a * (rng.random() < density) for a in row] for row in rows]
+            kind = list if density == 1 else microgpt.Sparse
+            return kind([[a * (rng.random() < density) for a in row] for row in rows])
 
         for length, *densities in product(lengths, (1, 0.5, 0.2, 0), (1, 0.5, 0.2, 0)):
             rows, columns = (matrix(length, density) for density in densities)
             wanted = [[math.fsum(map(mul, row, column)) for column in columns] for row in rows]
             with self.subTest(length=length, densities=densities):
-                self.assertClose(FastTensor.matmul(rows, columns), wanted, 1e-12)
+                for engine in (Tensor, FastTensor):
+                    self.assertClose(engine.matmul(rows, columns), wanted, 1e-12)
+
+    def test_fast_adam_does_what_adam_does(self):
+        for settings in {}, {"beta1": 0.9, "beta2": 0.8, "eps": 0.1}:
+            self.assertMoves(microgpt.fast_adam, adam_by_formula, **settings)
 
 # 11. Subwords ---------------------------------------------------------------------------------------------
-
-def recount(docs, n, new):
-    """The plain way to learn merges: count all pairs, merge the best, begin again."""
-    docs, merges = list(docs), []
-    while len(merges) < n:
-        counts = Counter(pair for doc in docs for pair in zip(doc, doc[1:]))
-        best = min(counts, key=lambda pair: (-counts[pair], pair), default=None)
-        if best is None or counts[best] < 2:
-            break
-        docs = [doc.replace("".join(best), chr(new + len(merges))) for doc in docs]
-        merges.append(tuple(map(ord, best)))
-    return merges, docs
 
 def characters(docs):
     """Documents as strings of chr(id), and the number of ids."""
     tokenizer = CharTokenizer(docs)
     return ["".join(map(chr, tokenizer.encode(doc))) for doc in docs], len(tokenizer.tokens)
 
-class TestBPE(Test):
-    def test_merges_and_encoding_are_those_of_a_recount(self):
-        cases = [(9, ["banana"]), (9, ["a" * 31]), (9, ["aaaabaaab", "aaa", "aabaa"]), (90, SHIPPED[:300]),
-                 (80, [read(SCRIPT)[:5000]]), (20, ["abab" * 9, "ba"]), (5, ["", "a", ""]), (0, ["abab"]),
-                 (9, ["é😀é😀", "😀é😀é"])]
+def merged(ids, merges, first):
+    """Some ids after merges, one after the other, each from left to right."""
+    for new, pair in enumerate(merges, first):
+        out = []
+        for i in ids:
+            if out and (out[-1], i) == pair:
+                out[-1] = new
+            else:
+                out.append(i)
+        ids = out
+    return ids
+
+class TestSubwords(Test):
+    def cases(self):
+        """Numbers of merges and documents, random and awkward."""
+        yield from [(9, ["banana"]), (9, ["a" * 31]), (9, ["aaaabaaab", "aaa", "aabaa"]), (90, SHIPPED[:300]),
+                    (80, [read(SCRIPT)[:5000]]), (20, ["abab" * 9, "ba"]), (5, ["", "a", ""]), (0, ["abab"]),
+                    (9, ["é😀é😀", "😀é😀é"]), (9, ["ab", "ab", "b", "a"]), (9, ["xaaax", "aaaa", "aaaaa"])]
         for seed in range(190):
             rng = random.Random(seed)
             letters, docs = "abcde"[: rng.randint(1, 5)], range(rng.randint(1, 4))
             docs = ["".join(rng.choices(letters, k=rng.randint(0, 50))) for _ in docs]
-            cases.append((rng.randint(0, 25), [*docs, "x"]))
-        for n, docs in cases:
+            yield rng.randint(0, 25), [*docs, "x"]
+
+    def test_both_ways_to_learn_merges_take_the_most_frequent_pair(self):
+        for n, docs in self.cases():
             with self.subTest(n=n, docs=docs[:3]):
-                strings, new = characters(docs)
-                merges, encoded = recount(strings, n, new)
-                self.assertEqual(microgpt.learn_merges(strings, n, new), merges)
-                tokenizer = microgpt.BPETokenizer(docs, merges)
-                ids = list(map(tokenizer.encode, docs))
-                self.assertEqual([list(map(ord, doc)) for doc in encoded], ids)
-                self.assertEqual([tokenizer.decode([tokenizer.bos, *each]) for each in ids], docs)
-                self.assertEqual((tokenizer.bos, tokenizer.vocab_size - 1), (new + len(merges),) * 2)
+                strings, first = characters(docs)
+                merges, ids = microgpt.learn_merges(strings, n, first), [list(map(ord, doc)) for doc in strings]
+                self.assertEqual(microgpt.learn_merges_slowly(strings, n, first), merges)
+                for i in range(min(n, len(merges) + 1)):
+                    counts = Counter(pair for doc in ids for pair in zip(doc, doc[1:]))
+                    best = sorted(counts, key=lambda pair: (-counts[pair], pair))[:1]  # the smaller on a tie
+                    self.assertEqual(merges[i : i + 1], [pair for pair in best if counts[pair] > 1])
+                    ids = [merged(doc, merges[i : i + 1], first + i) for doc in ids]
+
+    def test_encoding_makes_the_merges_in_their_order(self):
+        for n, docs in self.cases():
+            strings, first = characters(docs)
+            merges = microgpt.learn_merges(strings, n, first)
+            tokenizer = microgpt.BPETokenizer(docs, merges)
+            self.assertEqual((tokenizer.bos, tokenizer.vocab_size - 1), (first + len(merges),) * 2)
+            for doc, string in zip(docs, strings):
+                ids = tokenizer.encode(doc)
+                self.assertEqual(ids, merged(list(map(ord, string)), merges, first))
+                self.assertEqual(tokenizer.decode([tokenizer.bos, *ids]), doc)
+            encoded = [list(map(ord, doc)) for doc in tokenizer.merge(docs)]
+            self.assertEqual(encoded, list(map(tokenizer.encode, docs)))
+
+    def test_the_example_of_the_section(self):
+        strings, first = characters(["banana"])
+        self.assertEqual((microgpt.learn_merges(strings, 9, first), first), ([(0, 2)], 3))  # a n
+        self.assertEqual(microgpt.BPETokenizer(["banana"], [(0, 2)]).encode("banana"), [1, 3, 3, 0])
+
+    def test_an_unknown_character_is_named(self):
+        with self.assertRaisesRegex(microgpt.UserError, "'é'.*U\\+00E9"):
+            microgpt.BPETokenizer(["ab"], [(0, 1)]).encode("abé")
 
 # 12. The GPU ----------------------------------------------------------------------------------------------
 
@@ -890,58 +1029,57 @@ def gone(pid):
     except OSError:
         return True
 
-HANGING = """
-import multiprocessing, random, signal
-if __name__ == "__main__":
-    config, workers = microgpt.Config(9, 4, int(sys.argv[1])), microgpt.Workers(2, microgpt.FastTensor)
-    work = config, microgpt.initial_weights(config, random.Random(1)), [[0, 1], [1, 2]]
-    workers.loss_and_grads(*work)
-    processes = multiprocessing.active_children()
-    for process in processes:
-        os.kill(process.pid, signal.SIGSTOP)
-    try:
-        workers.loss_and_grads(*work, 0.2)
-    except microgpt.UserError as error:
-        print(error)
-    workers.stop()
-    for process in processes:
-        process.join()
-    print(len(processes), "workers have ended", flush=True)
-    os._exit(0)
-"""
-
-@needs_posix
 class TestWorkers(Test):
-    def losses(self, flags):
-        """The losses, with all their digits, of a run that must end well."""
-        self.printed(f"--samples 0 --trace run.jsonl {flags}")
-        return [[line["loss"] for line in self.trace()]]
+    def workers(self, n, engine=FastTensor):
+        """Workers, and their processes."""
+        before = {*multiprocessing.active_children()}
+        with warnings.catch_warnings():  # of threads, which a driver of Vulkan may have started
+            warnings.simplefilter("ignore")
+            workers = microgpt.Workers(n, engine)
+        self.addCleanup(workers.stop)
+        return workers, [each for each in multiprocessing.active_children() if each not in before]
 
-    def test_1_2_and_4_workers_come_to_the_same_losses_and_as_many_to_the_same_bytes(self):
-        for more in ("5", "4 --stream --context 8 --arch gpt2", "4 --engine scalar"):
-            flags = f"--steps 5 --d-model 8 --batch-size {more} --save"
-            one = self.losses(f"{flags} one")
-            for n in (2, 4):
-                for name in "ab":
-                    self.assertClose(self.losses(f"{flags} {name} --workers {n}"), one)
-                self.assertEqual(self.content("a"), self.content("b"))
+    def test_they_compute_what_one_process_does(self):
+        (model, weights), batch = small(), [*DOCS, [9, 9], *DOCS]
+        for engine in Matrix, FastTensor:
+            (loss, wanted), results = microgpt.loss_and_grads(model, weights, batch, engine), set()
+            for n in (1, 2, 4, 2):
+                workers, processes = self.workers(n, engine)
+                self.assertEqual(len(processes), n if n > 1 else 0)
+                got = [workers.loss_and_grads(model, weights, batch) for _ in "ab"]
+                results |= {(n, repr(each)) for each in got}
+                self.assertAlmostEqual(got[0][0], loss, 12)
+                for name in weights:
+                    self.assertClose(got[0][1][name], wanted[name])
+                workers.stop()
+                self.assertFalse(any(process.is_alive() for process in processes))
+            self.assertEqual(len(results), 3)  # as many workers, the same bytes
 
-    def test_a_file_with_the_characters_of_a_glob_is_that_file(self):
-        self.file("a[1].txt", "ab\nba\n")
-        self.file("a1.txt", "c\n")
-        self.assertIn("num docs: 2\n", self.printed("--corpus a[1].txt --steps 0 --samples 0"))
+    def test_a_run_with_workers_prints_the_same(self):
+        flags = "--steps 3 --batch-size 3 --stream --context 8 --arch gpt2 --samples 1"
+        self.assertEqual(self.printed(flags), self.printed(f"{flags} --workers 2"))
+        for workers in "", "--workers 2":
+            status, _, error = self.main(f"--batch-size 2 --lr 1e300 --samples 0 {workers}")
+            self.assertRegex(f"{status} {error}", r"^1 microgpt: error: [^\n]*overflowed[^\n]*\n$")
 
-    def test_memory_that_is_full_is_one_line_and_the_work_is_saved(self):
-        with unittest.mock.patch.object(microgpt, "norm", side_effect=[1.0, 1.0, MemoryError]):
-            status, _, error = self.main("--trace run.jsonl --save run")
-        self.assertEqual(status, 1)
-        self.assertEqual(error, "microgpt: error: there is not enough memory; step 2 is saved in run\n")
-        self.assertEqual(read_file("run")[1]["step"], "2")
+    def test_an_error_in_a_worker_is_passed_on(self):
+        (model, weights), (workers, _) = small(), self.workers(2)
+        with self.assertRaises(IndexError):
+            workers.loss_and_grads(model, weights, [[0, 1], [99, 1]])
 
-    def test_workers_that_hang_are_not_waited_for_forever(self):
-        out = "a worker cannot go on: it does not answer\n2 workers have ended\n"
-        for width in ("4", "64"):  # whose weights fit into a pipe, or do not
-            self.assertEqual(self.script(width, script=self.driver(HANGING)), (0, out, ""))
+    def test_a_dead_worker_is_an_error_and_only_workers_are_stopped(self):
+        other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,), daemon=True)
+        other.start()
+        self.addCleanup(other.join)
+        self.addCleanup(other.kill)
+        (model, weights), (workers, processes) = small(), self.workers(2)
+        workers.loss_and_grads(model, weights, DOCS)
+        processes[1].kill()
+        with self.assertRaisesRegex(microgpt.UserError, "a worker has died"):
+            for _ in range(99):  # it dies soon
+                workers.loss_and_grads(model, weights, DOCS)
+        workers.stop()
+        self.assertEqual([process.is_alive() for process in (other, *processes)], [True, False, False])
 
 class Long(Test):
     """Tests of runs that end only when something ends them."""
@@ -967,19 +1105,19 @@ class Long(Test):
 
     def assertGoesOn(self):
         """A step is saved, and a run can go on from there. Returns the step."""
-        step = int(read_file("run")[1]["step"])
+        step = self.metadata()["step"]
         out = self.printed(f"--resume run --steps {step + 1} --workers 1 --samples 0")
         self.assertEqual(re.findall(r"step +(\d+) / +\d+ \| loss \S+\r", out), [str(step + 1)])
         return step
 
     def assertSaved(self, process, status, pattern):
         """It ends with one line that matches, and a run goes on from the step that the line says is saved."""
-        line = self.assertEnds(process, status, pattern + r" step \d+ is saved in run")
+        line = self.assertEnds(process, status, pattern + r" step \d+ is saved")
         self.assertIn(f" step {self.assertGoesOn()} ", line)
         os.remove("run")
 
 @unittest.skipUnless(os.path.exists("/proc/thread-self/children"), "needs processes in /proc")
-class TestWorkersAsProcesses(Long):
+class TestWorkersOfARun(Long):
     def start_workers(self, flags="", until="step +9 "):
         """A long run with two workers, and these."""
         process = self.start_run(f"--batch-size 4 --workers 2 --save run {flags}", until)
@@ -996,29 +1134,22 @@ class TestWorkersAsProcesses(Long):
             self.assertLess(time.monotonic(), end, "a worker is left over")
             time.sleep(0.01)
 
-    def test_a_worker_that_is_killed_is_one_line_and_the_work_is_saved(self):
+    def test_a_killed_worker_is_one_line_and_the_work_is_saved(self):
         for flags in "", "--val-fraction 0.5 --eval-every 1 --div-warn 1e9":  # mostly outside of the workers
             process, workers = self.start_workers(flags)
             os.kill(workers[1], signal.SIGKILL)
-            self.assertSaved(process, 1, "error: a worker cannot go on: [^\n]*;")
+            self.assertSaved(process, 1, "error: a worker has died;")
             self.assertGone(workers)
 
-    def test_signals_to_the_whole_group_leave_workers_alone(self):
+    def test_signals_to_the_group_leave_workers_alone(self):
         for number in STOPS:
             process, workers = self.start_workers()
             os.killpg(process.pid, number)
             self.assertSaved(process, 128 + number, "interrupted;")
             self.assertGone(workers)
 
-    def test_a_signal_to_the_group_while_workers_start_is_one_line(self):
-        rng = random.Random(6)
-        for number in STOPS * 2:
-            process = self.start_run("--batch-size 4 --workers 2", "params")
-            time.sleep(rng.uniform(0, 0.05))  # any moment will do
-            os.killpg(process.pid, number)
-            self.assertEnds(process, 128 + number, "interrupted(; nothing was saved)?")
-
     def test_a_killed_parent_takes_its_workers_along(self):
+        self.timeout = 60
         for flags, until in (
             ("", "step +9 "),
             ("--batch-size 20000", "params"),  # all are busy, for half a minute
@@ -1035,7 +1166,121 @@ class TestWorkersAsProcesses(Long):
         self.assertEqual((process.returncode, errors, b"sample  1" in out), (0, b"", True))
         self.assertGone(workers)
 
-# 16. Checkpoints ------------------------------------------------------------------------------------------
+# 14. GPT-2 as published -----------------------------------------------------------------------------------
+
+class TestGPT2(Models, Test):
+    kind = GPT2
+
+    def test_its_first_weights_are_as_published(self):
+        weights = GPT2(27, n_layer=2, n_embd=64).initial_weights(random.Random(1))
+        self.assertNotIn("lm_head", weights)  # that is wte
+        names = ["attn_wq", "attn_wk", "attn_wv", "attn_wo", "mlp_fc1", "mlp_fc2", "ln1", "ln2"]
+        names = ["wte", "wpe", "ln_f", *[f"layer{i}.{name}" for i in (0, 1) for name in names]]
+        biases = [f"{name}.bias" for name in names if name not in ("wte", "wpe")]
+        self.assertEqual(set(weights), {*names, *biases})
+        self.assertEqual(len(weights["layer1.mlp_fc1.bias"][0]), 4 * 64)
+        for name, rows in weights.items():
+            deviation = math.sqrt(sum(a * a for a in flat(rows)) / len(flat(rows)))
+            if name in biases or "ln" in name:
+                self.assertEqual(set(flat(rows)), {0.0 if name in biases else 1.0}, name)
+            else:
+                residual = name.endswith(("attn_wo", "mlp_fc2"))
+                self.assertAlmostEqual(deviation, 0.01 if residual else 0.02, delta=0.001, msg=name)
+
+# 15. Optimizers in historical order -----------------------------------------------------------------------
+
+class TestOptimizers(Optimizing):
+    def test_steps_of_each_against_its_formula(self):
+        def sgd(w, g, m, v, t, lr):
+            return w - lr * g, m, v
+        def momentum(w, g, m, v, t, lr, beta1=0.85):
+            m = beta1 * m + g
+            return w - lr * m, m, v
+        def rmsprop(w, g, m, v, t, lr, beta2=0.99, eps=1e-8):
+            v = beta2 * v + (1 - beta2) * g * g
+            return w - lr * g / (math.sqrt(v) + eps), m, v
+        def adamw(w, g, m, v, t, lr, weight_decay=0.01, **settings):
+            return adam_by_formula(w - lr * weight_decay * w, g, m, v, t, lr, **settings)
+
+        settings = {"beta1": 0.9, "beta2": 0.8, "eps": 0.1, "weight_decay": 0.5}
+        for name, formula, taken in (("sgd", sgd, ""), ("momentum", momentum, "beta1"),
+                                     ("rmsprop", rmsprop, "beta2 eps"), ("adam", adam_by_formula, "beta1 beta2 eps"),
+                                     ("adamw", adamw, "beta1 beta2 eps weight_decay")):
+            with self.subTest(name):
+                self.assertMoves(microgpt.OPTIMIZERS[name], formula)
+                new = {name: settings[name] for name in taken.split()}
+                self.assertMoves(microgpt.OPTIMIZERS[name], formula, **new)
+
+    def test_clipping_goes_by_the_norm_of_all_gradients(self):
+        for grads, wanted in (
+            ({"a": [[1.0, -1.0]], "b": [[0.5]]}, [1.0, -1.0, 0.5]),  # small enough
+            ({"a": [[2.0, 0.0], [0.0, -3.0]], "b": [[6.0]]}, [4 / 7, 0.0, 0.0, -6 / 7, 12 / 7]),  # norm 7
+            ({"a": [[1.5]], "b": [[1.5]]}, [math.sqrt(2)] * 2),  # above the limit of 2 only together
+        ):
+            before = repr(grads)
+            self.assertClose([flat(microgpt.clip(grads, 2.0))], [wanted], 1e-12)
+            self.assertEqual(repr(grads), before)
+
+    def test_schedules_at_their_corners(self):
+        def rate(schedule, step, warmup=10, steps=110):
+            args = types.SimpleNamespace(lr=0.5, steps=steps, warmup_steps=warmup, schedule=schedule)
+            return microgpt.learning_rate(args, step)
+
+        half = lambda share: 0.25 * (1 + math.cos(math.pi * share))
+        for name, ends in (("linear", [0.25, 0.375, 0.005]), ("cosine", [half(0.5), half(0.25), half(0.99)]),
+                           ("constant", [0.5] * 3)):
+            got = [rate(name, 0), rate(name, 9), rate(name, 10), rate(name, 0, 0), rate(name, 99, 100, 100)]
+            got += [rate(name, 60), rate(name, 35), rate(name, 109)]
+            self.assertClose([got], [[0.05, 0.5, 0.5, 0.5, 0.5, *ends]], 1e-12)
+
+# 16. Sampling ---------------------------------------------------------------------------------------------
+
+class TestGenerate(Test):
+    def drawn(self, row, temperature, top_k, n=4000):
+        """How often each id was drawn."""
+        rng = random.Random(1)
+        counts = Counter(microgpt.draw(row, temperature, top_k, rng) for _ in range(n))
+        return [counts[i] for i in range(len(row))]
+
+    def test_tokens_come_as_often_as_temperature_says(self):
+        row = [0.0, 1.0, -2.0, 0.5]
+        for temperature, k in product((0.5, 1.0, 2.0), (0, 3, 4, 99)):
+            odds = softmax(row, temperature)
+            odds = [p / sum(odds[i] for i in (0, 1, 3)) * (i != 2) for i, p in enumerate(odds)] if k == 3 else odds
+            for count, p in zip(self.drawn(row, temperature, k), odds):
+                self.assertLessEqual(abs(count / 4000 - p), 4 * math.sqrt(p * (1 - p) / 4000))
+
+    def test_top_k_draws_from_k_even_among_equals(self):
+        for row, k, kept in (([1.0, 2.0, 1.0, 0.0], 1, {1}), ([1.0, 2.0, 1.0, 0.0], 2, {1}), ([5.0] * 4, 3, set()),
+                             ([1.0, 2.0, 1.0, 0.0], 3, {0, 1, 2}), ([5.0, 5.0, 5.0, 6.0], 1, {3}), ([5.0] * 4, 1, set())):
+            drawn = {i for i, count in enumerate(self.drawn(row, 3.0, k, 300)) if count}
+            self.assertEqual((len(drawn), kept - drawn), (k, set()))
+
+    def test_the_coldest_take_the_likeliest(self):
+        self.assertEqual(self.drawn([0.0, 3.0, 2.9, 3.0], 0, 0, 20), [0, 20, 0, 0])
+        self.assertEqual(self.drawn([1e299, -1e299, 0.0], 1e-300, 0, 20), [20, 0, 0])
+        for broken in math.nan, math.inf, -math.inf:
+            with self.assertRaisesRegex(microgpt.Overflow, "overflowed"):
+                microgpt.draw([0.0, broken], 0, 0, random.Random(1))
+
+    def test_the_window_slides_and_a_stream_begins_as_after_a_line(self):
+        self.file("text.txt", "abcabd\taecb\n" * 9)
+        chars = sorted("\t\nabcde")
+        for size in (1, 5, 6):
+            flags = f"--corpus text.txt --stream --context {size} --steps 30 --lr 0.3 --temperature 0"
+            self.printed(f"{flags} --samples 0 --save run{size}")
+            for prompt in ("", "ab", "abcabdaecbd"):
+                out = self.printed(f"--resume run{size} --max-tokens 12 --samples 1 --prompt={prompt}")
+                past, start = [chars.index(char) for char in prompt or "\n"], 0  # where the window begins
+                for _ in range(12):
+                    if len(past) - start > size:
+                        start = len(past) - (size + 1) // 2
+                    row = by_hand(self.weights(f"run{size}"), past[start:], 4)[0][-1]
+                    past.append(row.index(max(row)))
+                text = prompt + "".join(chars[i] for i in past[-12:])
+                self.assertEqual(out.split("sample  1: ")[1], text + "\n")
+
+# 17. Checkpoints ------------------------------------------------------------------------------------------
 
 def unpack(content):
     """The header of a .safetensors file, and its data."""
@@ -1050,15 +1295,16 @@ def pack(header, data):
 class TestCheckpoints(Test):
     def saved(self, flags=""):
         """The bytes of a checkpoint after three steps."""
+        self.remove("run")
         self.printed(f"--steps 3 --samples 0 --save run {flags}")
         return self.content("run")
 
-    def test_a_resumed_run_is_exactly_the_run_that_was_not_interrupted(self):
+    def test_a_resumed_run_is_the_run_without_a_break(self):
         always = "--steps 24 --d-model 8 --context 8 --samples 3 --div-warn 1e9"
         smooth = "--cosine --warmup-steps 7 --batch-size 2 --clip-grad 1"
         def interrupt(text):
             if text.startswith("step   11 "):
-                signals.catch(signal.SIGINT, None)
+                signal.raise_signal(signal.SIGINT)
             return io.StringIO.write(out, text)
 
         for flags in (
@@ -1069,50 +1315,47 @@ class TestCheckpoints(Test):
         ):
             with self.subTest(flags):
                 whole = self.printed(f"{flags} {always} --save whole")
-                out, signals = io.StringIO(), microgpt.Signals()
+                out = io.StringIO()
                 out.write = interrupt
-                status, part, errors = self.main(f"{flags} {always} --save part", out=out, signals=signals)
-                self.assertEqual((status, errors), (130, "microgpt: interrupted; step 11 is saved in part\n"))
+                status, part, errors = self.main(f"{flags} {always} --save part", out=out)
+                errors = re.sub(LONGER, "", errors)
+                self.assertEqual((status, errors), (130, "microgpt: interrupted; step 11 is saved\n"))
                 rest, cut = self.printed("--resume part"), whole.index("step   12 ")
                 self.assertEqual(part.rstrip("\n"), whole[:cut].rstrip("\n"))
                 self.assertEqual(rest[rest.index("step   12 ") :], whole[cut:])
                 self.assertEqual(self.content("part"), self.content("whole"))
-                os.remove("part")
-                os.remove("whole")
+                self.remove("part", "whole")
 
-    def test_a_text_that_repeats_itself_can_be_gone_on_with(self):
-        names = "\n".join(SHIPPED[:1500])
-        self.file("input.txt", names * 2 + "".join(SHIPPED[1500:1600]))
-        flags = "--stream --vocab-size 9000 --d-model 2 --heads 1 --steps 1 --samples 0 --save run"
-        self.printed(flags)
-        self.assertGreater(max(map(len, microgpt.load("run").tokenizer.tokens)), 9000)
-
-    def test_a_finished_run_only_samples_and_a_longer_one_goes_on_by_the_flags_given_anew(self):
+    def test_a_finished_run_only_samples_and_a_longer_one_goes_on(self):
         content, before = self.saved("--warmup-steps 2 --corpus input.txt"), os.stat("run").st_mtime_ns
         for flags in ("", "--steps 0"):
             out = self.printed(f"--resume run --samples 2 {flags}")
             self.assertEqual((out.count("loss"), out.count("sample ")), (0, 2))
             self.assertEqual((self.content("run"), os.stat("run").st_mtime_ns), (content, before))
-        self.printed("--resume run --samples 1 --save other")  # a finished run has no step to save
-        self.assertEqual(*(read_file(name)[0] for name in ("run", "other")))
-        self.file("b.txt", "\n".join(SHIPPED[:7]))
-        out = self.printed("--resume run --steps 5 --lr 0.5 --save other --corpus b.txt")
-        self.assertEqual((re.findall(r"step +(\d+) /", out), out[:12]), (["4", "5"], "num docs: 7\n"))
-        self.assertEqual(self.content("run"), content)
-        kept = set(json.loads(read_file("other")[1]["flags"]))
-        self.assertLessEqual({"--lr=0.5", "--steps=5", "--warmup-steps=2", "--corpus=b.txt"}, kept)
+        self.printed("--resume run --samples 1 --save other")
+        self.assertEqual(*(microgpt.read_safetensors(name)[0] for name in ("run", "other")))
+        out, path = self.printed("--resume run --steps 5 --lr 0.5"), os.path.join(os.getcwd(), "input.txt")
+        self.assertEqual(re.findall(r"step +(\d+) /", out), ["4", "5"])
+        kept = {"--lr=0.5", "--steps=5", "--warmup-steps=2", f"--corpus={path}"}
+        self.assertLessEqual(kept, {*self.metadata()["flags"]})
+
+    def test_the_example_of_the_section(self):
+        microgpt.write_safetensors("tiny", {"w": [[1.0]]}, {})
+        text = b'{"__metadata__":{},"w":{"dtype":"F64","shape":[1],"data_offsets":[0,8]}}'
+        wanted = b"\x48" + bytes(7) + text + b"\0\0\0\0\0\0\xf0\x3f"
+        self.assertEqual(self.content("tiny"), wanted)
 
     def test_what_other_programs_ask_of_a_file(self):
         content, end = self.saved("--arch gpt2 --layers 2 --context 12 --vocab-size 9"), 0
         header, data = unpack(content)
-        metadata, config = header.pop("__metadata__"), Config(35, 2, 16, 4, 12)
+        metadata, model = header.pop("__metadata__"), GPT2(35, 2, 16, 4, 12)
         self.assertEqual(((len(content) - len(data)) % 8, {*map(type, metadata.values())}), (0, {str}))
-        self.assertEqual((metadata["format"], json.loads(metadata["config"])), ("pt", vars(config)))
+        self.assertEqual((metadata["format"], json.loads(metadata["config"])), ("pt", vars(model)))
         for entry in sorted(header.values(), key=lambda entry: entry["data_offsets"]):
             start, end = end, end + 8 * math.prod(entry["shape"])
             self.assertEqual((entry["dtype"], entry["data_offsets"]), ("F64", [start, end]))
         self.assertEqual(end, len(data))
-        for name, (rows, columns) in microgpt.gpt2_shapes(config).items():
+        for name, (rows, columns) in model.shapes().items():
             for name in (name, f"optimizer.m.{name}", f"optimizer.v.{name}"):
                 self.assertEqual(header.pop(name)["shape"], [rows, columns] if rows > 1 else [columns])
         self.assertEqual(header, {})
@@ -1120,7 +1363,7 @@ class TestCheckpoints(Test):
     def test_weights_alone_in_single_precision_resume(self):
         header, _ = unpack(self.saved())
         weights, data = self.weights(), b""
-        new = {"__metadata__": {**header["__metadata__"], "of another program": "{["}}
+        new = {"__metadata__": {**header["__metadata__"], "of another program": '"{["'}}
         for name, rows in weights.items():
             start, data = len(data), data + b"".join(struct.pack("<f", number) for number in flat(rows))
             new[name] = {"dtype": "F32", "shape": header[name]["shape"], "data_offsets": [start, len(data)]}
@@ -1132,129 +1375,100 @@ class TestCheckpoints(Test):
             self.assertClose(rows, weights[name], 1e-7)
 
     def damaged_files(self):
-        """Return damaged files, each with a pattern of the error, or None if the damage may go unnoticed."""
+        """Damaged files, each with a pattern of the error."""
         content = self.saved("--d-model 4 --context 4 --layers 1 --vocab-size 2")
-        rng, (header, data), length = random.Random(9), unpack(content), int.from_bytes(content[:8], "little")
-        tensors, metadata = read_file("run")
+        (header, data), length = unpack(content), int.from_bytes(content[:8], "little")
+        tensors, metadata = microgpt.read_safetensors("run")
         change = lambda name, key, value: pack({**header, name: {**header[name], key: value}}, data)
         without = lambda dictionary, name: {key: value for key, value in dictionary.items() if key != name}
-        cuts = [*range(10), *range(length + 7, length + 10), *(rng.randrange(len(content)) for _ in range(9))]
-        lengths = (0, 1, 7, length - 1, length + 1, len(content), 2**32, 2**63, 2**64 - 1)
-        bad = [content + b"x", content + bytes(8), bytes(100), content[8:], content * 2]
-        bad += [content[:n] for n in cuts] + [n.to_bytes(8, "little") + content[8:] for n in lengths]
-        bad += [pack(text, data) for text in (
-            b"[" * 100_000, b"1" * 100_000, b"null", b"[]", b"{}", b"\xff", b'{"__metadata__":[]}',
-            b'{"__metadata__":{},"a":{"dtype":NaN}}', b'{"%s": 1}' % (b"x" * 10_000))]
+        lengths = (0, length - 1, length + 1, len(content), 2**63)
+        files = [content + bytes(8), bytes(100), content[8:], pack(b"[" * 100_000, data), pack(b"[1, 2]", data)]
+        files += [content[:n] for n in (0, 1, 8, length + 8, len(content) - 8)]
+        files += [n.to_bytes(8, "little") + content[8:] for n in lengths]
         for name, number in (("wte", math.nan), ("wpe", -math.inf), ("optimizer.v.wte", -1e-9)):
             at = len(content) - len(data) + header[name]["data_offsets"][0]
-            bad.append(content[:at] + struct.pack("<d", number) + content[at + 8 :])
+            files.append(content[:at] + struct.pack("<d", number) + content[at + 8 :])
         for old, new in (("wpe", "wpf"), ("optimizer.v.wpe", "optimizer.w.wpe"), ("__metadata__", "a\nb")):
-            bad.append(pack({new if name == old else name: entry for name, entry in header.items()}, data))
+            files.append(pack({new if name == old else name: each for name, each in header.items()}, data))
         for key, values in {
-            "dtype": [None, 1, "F64x", "F32", [], "x" * 10_000],
-            "data_offsets": [None, [], [1], [0, 0], [0, 1, 2], [8, 136], [-128, 0], [0.5, 1], [0, 2**63]],
-            "shape": [None, 1, "F64", [], [4], [16], ["x" * 1000, 10**6], [4, 4, 1], [0, 4], [-4, -4],
-                      [4.0, 4], ["4", 4], [True, 16], [[4], 4], [4, 10**18], [2, 8], [16, 1], [4, 5], {}],
+            "dtype": [None, "F64x", "F32"], "data_offsets": [None, [1], [0, 0], [8, 136], [-128, 0], [0.5, 1]],
+            "shape": [None, [], [4], [4, 4, 1], [0, 4], [-4, -4], [4.0, 4], [True, 16], [2, 8], [4, 10**18]],
         }.items():
-            bad += [change("wpe", key, value) for value in values]
-        flags = "--steps=x --lr=-1 --nonsense=1 --d-model=32 --heads=3 --arch=gpt2 --layers=1000000000 " \
-                "--context=9 --n-embd=16.0 --save=x --resume=x --plot=x.svg --help -h names.txt"
-        flags = [[*json.loads(metadata["flags"]), flag] for flag in flags.split()]
-        vast, out = [[0, 0], *([26 + i, 26 + i] for i in range(60))], []
+            files += [change("wpe", key, value) for value in values]
         for name, values in {
-            "step": [[], -1, 10**99], "recent": [[[]], ["x"], [math.nan], [-1.0], [math.inf]],
-            "random": [[], [1, 2, 3], [3, [1, 2], None]], "characters": [[], "ba", "aa", "abc"],
-            "merges": [[[0, 99]], [[0]], [[-1, 0]], [["a", "b"]], vast, 2, [1, 2]],
-            "flags": [[["--steps=1"]], [None], {"-h": 1}, [1.5], [], *flags],
+            "step": [[], -1, 10**99], "recent": ["x", [[]], [math.nan], [-1.0]], "losses": [[[1, -1.0]], [1]],
+            "random": [[], [3, [1, 2], None]], "characters": ["ba", "abc", None], "validations": [[1, 2], 5],
+            "merges": [[[0, 99]], [[0]], [[-1, 0]], 2], "corpus": [5, "x"],
+            "flags": [[None], ["--nonsense=1"], ["--steps=x"], ["--help"], ["-h"], ["--d-model=32"], ["--arch=gpt2"]],
         }.items():
-            texts = ["", "null", '"x"', "[" * 5000, "1e999", "NaN", "[[0, 1]]", *map(json.dumps, values)]
-            bad += [change("__metadata__", name, text) for text in texts]
-            microgpt.write_safetensors("run", tensors, without(metadata, name))
-            out.append((f"it was not saved by this program: no {name}", self.content("run")))
+            texts = ["", "[" * 5000, *map(json.dumps, values)]
+            files += [change("__metadata__", name, text) for text in texts]
         stray = {**tensors, "stray": [[1.0]]}
         for some in (stray, without(tensors, "wpe"), without(tensors, "optimizer.m.wte")):
             microgpt.write_safetensors("run", some, metadata)
-            bad.append(self.content("run"))
-        for at in (rng.randrange(length + 8) for _ in range(100)):  # a flipped bit may make another digit
-            flipped = bytes([content[at] ^ 1 << rng.randrange(8)])
-            out.append((None, content[:at] + flipped + content[at + 1 :]))
-        out += [("it is cut short", content[:-8]), ("it holds BF16; F32", change("wpe", "dtype", "BF16"))]
-        return out + [("", file) for file in bad]
+            files.append(self.content("run"))
+        microgpt.write_safetensors("run", tensors, without(metadata, "flags"))
+        yield "it was not saved by this program: no flags", self.content("run")
+        yield from [("it is cut short", content[:-8]), ("it holds BF16", change("wpe", "dtype", "BF16"))]
+        yield from [("", file) for file in files]
 
     def test_a_damaged_file_is_one_line(self):
         for pattern, file in self.damaged_files():
             self.file("run", file)
-            with self.subTest(pattern, file=file[:300]):
-                status, out, errors = self.main("--resume run --steps 0 --samples 0")
-                if status or pattern is not None:
-                    self.assertEqual((status, errors.count("\n"), out, len(errors) < 250), (1, 1, "", True))
-                    self.assertRegex(errors, f"^microgpt: error: cannot read run: .*{pattern or ''}")
+            with self.subTest(pattern, file=file[:400], size=len(file)):
+                status, out, errors = self.main("--resume run --steps 4 --samples 0")
+                self.assertEqual((status, errors.count("\n"), out), (1, 1, ""))
+                self.assertRegex(errors, f"^microgpt: error: cannot read run: .*{pattern}")
+                self.assertEqual(self.content("run"), file)
 
-    @needs_posix
-    def test_a_vast_file_is_refused_before_its_numbers_are_read(self):
-        header, _ = unpack(self.saved())
-        rows = 46_000_000
-        wte = {"dtype": "F32", "shape": [rows, 16], "data_offsets": [0, rows * 64]}
-        for metadata, error in ((header["__metadata__"], "its matrices are not"), ({}, "not saved by this")):
-            self.file("run", pack({"__metadata__": metadata, "wte": wte}, b""))
-            os.truncate("run", os.path.getsize("run") + rows * 64)  # with nothing, which takes no place
-            status, _, errors = self.script("--resume run", preexec_fn=limit("RLIMIT_AS", 2 << 30))
-            self.assertEqual((status, errors.count("\n"), error in errors), (1, 1, True), errors)
+    def test_a_save_is_on_the_disk_before_it_takes_its_place_and_tried_again(self):
+        events, replace = [], os.replace
+        def failing_once(part, target):
+            events.append((part, target))
+            if len(events) == 2:
+                raise OSError(28, "No space left on device")
+            replace(part, target)
 
-    def test_a_save_that_failed_is_tried_again(self):
-        replace, failing = os.replace, [OSError(28, "No space left on device")]
-        def once(*paths):
-            if failing:
-                raise failing.pop()
-            replace(*paths)
-
-        with unittest.mock.patch("os.replace", once):
+        with unittest.mock.patch("os.replace", failing_once), \
+             unittest.mock.patch("os.fsync", lambda file: events.append(os.fstat(file).st_size)):
             status, _, errors = self.main("--steps 4 --save-every 2 --samples 0 --save run")
         self.assertEqual((status, errors[19:]), (0, "cannot save run: No space left on device\n"))
-        self.assertEqual((read_file("run")[1]["step"], sorted(os.listdir())), ("4", ["input.txt", "run"]))
-
-    def test_a_checkpoint_is_on_the_disk_before_it_takes_its_place(self):
-        events, replace = [], os.replace
-        with unittest.mock.patch("os.fsync", lambda file: events.append(os.fstat(file).st_size)), \
-             unittest.mock.patch("os.replace", lambda *paths: events.append(paths) or replace(*paths)):
-            content = self.saved()
-        size, (part, target) = events
-        self.assertEqual((size, target), (len(content), os.path.realpath("run")))
+        _, _, size, (part, target) = events
+        self.assertEqual((size, target), (os.path.getsize("run"), os.path.realpath("run")))
         self.assertEqual(os.path.dirname(part), os.path.dirname(target))
         self.assertIn(str(os.getpid()), os.path.basename(part))  # no other process uses it
-        self.assertEqual(sorted(os.listdir()), ["input.txt", "run"])
+        self.assertEqual((self.metadata()["step"], sorted(os.listdir())), (4, ["input.txt", "run"]))
 
     @needs_posix
     def test_links_and_modes_are_kept(self):
         self.saved()
         os.rename("run", "real")
         os.symlink("real", "run")
-        for steps, mode in (("5", 0o640), ("6", 0o604)):
-            os.chmod("real", mode)
-            self.printed("--resume run --samples 0 --steps", steps)
-            self.assertEqual(read_file("real")[1]["step"], steps)
-            self.assertEqual((os.path.islink("run"), os.stat("real").st_mode & 0o777), (True, mode))
-            self.assertEqual(sorted(os.listdir()), ["input.txt", "real", "run"])
+        os.chmod("real", 0o604)
+        self.printed("--resume run --samples 0 --steps 5")
+        self.assertEqual((os.path.islink("run"), os.stat("real").st_mode & 0o777), (True, 0o604))
+        self.assertEqual((self.metadata("real")["step"], sorted(os.listdir())), (5, ["input.txt", "real", "run"]))
         os.symlink("missing", "link")
         self.printed("--steps 1 --samples 0 --save link")
-        self.assertEqual((os.path.islink("link"), read_file("missing")[1]["step"]), (True, "1"))
+        self.assertEqual((os.path.islink("link"), self.metadata("missing")["step"]), (True, 1))
 
     def test_running_means_of_another_optimizer_are_not_used(self):
         self.saved("--optimizer momentum")  # leaves v = 0, by which adam would divide
         flags = "--resume run --steps 20 --samples 0 --schedule constant --trace run.jsonl"
-        line = "microgpt: note: adam starts anew, without the running means of momentum\n"
-        self.assertEqual(self.main(f"{flags} --optimizer adam")[::2], (0, line))
+        status, _, errors = self.main(f"{flags} --optimizer adam")
+        self.assertEqual((status, errors.count("\n")), (0, 1))
+        self.assertRegex(errors, "^microgpt: note: adam starts anew, .* momentum\n")
         self.assertLess(max(line["loss"] for line in self.trace()), 6)
         self.printed(flags)  # from now on it is adam's
 
-    def test_weights_that_overflow_leave_the_last_good_checkpoint(self):
+    def test_an_overflow_leaves_the_last_good_checkpoint(self):
         content = self.saved()
-        for more, step in (("--optimizer adamw --weight-decay 1e9", "3"), ("", "4")):
+        for more, step in (("--optimizer adamw --weight-decay 1e9", 3), ("", 4)):
             self.file("run", content)
             flags = "--resume run --steps 9 --schedule constant --save-every 1 --lr 1e300"
             status, _, errors = self.main(f"{flags} {more}")
-            self.assertRegex(errors.splitlines()[-1], f"^microgpt: error: .*; step {step} is saved in run$")
-            self.assertEqual((status, read_file("run")[1]["step"]), (1, step))
+            self.assertRegex(errors.splitlines()[-1], f"^microgpt: error: .*; step {step} is saved$")
+            self.assertEqual((status, self.metadata()["step"]), (1, step))
 
 def limit(name, size):
     """What a new process does so that its files stay below a size, as on a full disk, or its memory."""
@@ -1267,25 +1481,7 @@ def limit(name, size):
 
 @needs_posix
 class TestInterruptions(Long):
-    def test_samplers_and_another_trainer_leave_a_trainer_and_its_file_alone(self):
-        flags = "--steps 1000000 --save-every 1 --save run --seed"
-        trainers = []
-        for seed in "12":
-            with open(seed, "wb") as out:
-                trainers.append(self.start(f"{flags} {seed}", stdout=out))
-        while not (os.path.exists("run") and self.content("1") and self.content("2")):  # both have begun
-            self.assertEqual([process.poll() for process in trainers], [None, None])
-        for _ in range(10):
-            self.printed("--resume run --steps 0 --samples 1")
-        self.assertEqual([process.poll() for process in trainers], [None, None])
-        for process in trainers:
-            process.terminate()
-            process.wait()
-        self.assertEqual([process.returncode for process in trainers], [143, 143])
-        self.assertEqual(sorted(os.listdir()), ["1", "2", "input.txt", "run"])
-        self.printed("--resume run --steps 0 --samples 1")
-
-    def test_a_full_disk_is_a_warning_until_the_end_and_leaves_the_old_checkpoint(self):
+    def test_a_full_disk_leaves_the_old_checkpoint(self):
         self.printed("--steps 3 --samples 0 --save run")
         content, flags = self.content("run"), "--resume run --steps 6 --save-every 2 --samples 0"
         status, out, errors = self.script(flags, preexec_fn=limit("RLIMIT_FSIZE", 20_000))
@@ -1301,18 +1497,19 @@ class TestInterruptions(Long):
             process.send_signal(number)
             self.assertSaved(process, 128 + number, "interrupted;")
 
-    def test_a_second_signal_ends_at_once_with_nothing_to_say(self):
-        self.file("input.txt", "b" * 150)  # for which a step takes half a second or so
+    def test_a_second_signal_ends_at_once(self):
+        self.file("input.txt", "b" * 149)  # for which a step takes half a second or so
         process = self.start_run("--engine scalar --context 150 --save run", "step +1 ")
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGTERM)
         self.assertIn(process.wait(), (130, 143))  # where both arrive together, either may come first
-        self.assertEqual((process.stderr.read(), os.path.exists("run")), (b"", False))
+        self.assertRegex(process.stderr.read(), b"^microgpt: interrupted; nothing was saved\n$")
+        self.assertFalse(os.path.exists("run"))
 
     def test_a_signal_outside_of_training_ends_at_once(self):
         self.file("long.txt", "".join(random.Random(1).choices("abcdefghijklmnopqrstuvwxyz", k=1_000_000)))
         for flags, until, line in (
-            ("--steps 1 --samples 1000000 --save run", "sample 99", "interrupted; step 1 is saved in run"),
+            ("--steps 1 --samples 1000000 --save run", "sample 99", "interrupted; step 1 is saved"),
             ("--corpus long.txt --stream --vocab-size 50000", "num docs", "interrupted"),
         ):
             process = self.start_run(flags, until)
@@ -1320,27 +1517,27 @@ class TestInterruptions(Long):
             self.assertEnds(process, 143, line)
 
     @unittest.skipIf(sys.implementation.name == "pypy", "PyPy does not know what was ignored at its start")
-    def test_signals_that_were_ignored_stay_ignored(self):
+    def test_ignored_signals_stay_ignored(self):
         process = self.start_run("--save run", handler=signal.SIG_IGN)
         for number in STOPS:
             process.send_signal(number)
         self.read_until(process, r"step +\d*99 ")
         self.assertIsNone(process.poll())
 
-    def test_whatever_takes_the_output_away_the_work_is_saved(self):
+    def test_the_work_is_saved_when_the_output_is_lost(self):
         process = self.start_run("--save run", "step +50 ")
         process.stdout.close()
         self.assertEqual((process.wait(), process.stderr.read()), (1, b""))
         self.assertGreaterEqual(self.assertGoesOn(), 49)  # that of the lost line is not made
         os.remove("run")
         with open("out", "wb") as out:  # it becomes too large, not the checkpoint
-            flags = "--steps 100000 --d-model 4 --context 4 --save run"
-            status, _, errors = self.script(flags, stdout=out, preexec_fn=limit("RLIMIT_FSIZE", 40_000))
-        self.assertEqual((status, errors.count("\n")), (1, 1))
-        self.assertRegex(errors, "^microgpt: error: cannot write the output: File too large")
+            flags = "--steps 100000 --d-model 4 --context 4 --gen-every 1 --max-tokens 99 --save run"
+            status, _, errors = self.script(flags, stdout=out, preexec_fn=limit("RLIMIT_FSIZE", 60_000))
+        self.assertEqual(status, 1)
+        self.assertRegex(errors, "\nmicrogpt: error: cannot write the output: File too large[^\n]*\n$")
         self.assertGoesOn()
 
-# 17. Looking inside ---------------------------------------------------------------------------------------
+# 18. Looking inside ---------------------------------------------------------------------------------------
 
 class Explained:
     """What --explain prints: rows of words, the means, maps[layer][head] as rows of shades from 0 to 4."""
@@ -1348,15 +1545,16 @@ class Explained:
         table, *maps = out[out.index("\ntoken") + 1 :].split("\n\nlayer ")
         self.lines = table.splitlines()[1:]
         *self.rows, mean = [line.split() for line in self.lines]
-        self.means, self.maps = list(map(float, mean[1:])), {}
+        self.means, self.maps, self.heads = list(map(float, mean[1:])), {}, []
         for block in maps:
-            title, _, *rows = block.rstrip().splitlines()
-            shades = [["·░▒▓█".index(char) for char in row[1:] if char in "·░▒▓█"] for row in rows]
+            title, top, *rows = block.rstrip("\n").splitlines()
+            places = [place.span() for place in re.finditer(r"\S+", top)]  # a head's cells, by the names above
+            self.heads.append([top[start:end] for start, end in places])
             self.maps[int(title.split(",")[0])] = [
-                [row[i * t : (i + 1) * t] for t, row in enumerate(shades, 1)] for i in range(len(shades[0]))]
+                [["·░▒▓█".index(char) for char in row[start:end].rstrip()] for row in rows] for start, end in places]
 
 class TestExplain(Test):
-    def test_its_numbers_and_shades_are_those_of_a_computation_by_hand(self):
+    def test_numbers_and_shades_against_a_computation_by_hand(self):
         self.file("input.txt", "emma\nolivia\nava\nnoah\nliam\n")
         names = [*sorted(set("emmaolivianoah")), "^"]
         ids = [names.index(char) for char in "^emma^"]
@@ -1377,7 +1575,7 @@ class TestExplain(Test):
             for a, b in zip(got.means, [sum(logs) / 5, sum(logs) / 5 / math.log(2)]):
                 self.assertAlmostEqual(a, b, delta=6e-4)
             shades = [[[[round(4 * p) for p in row] for row in head] for head in heads] for heads in maps]
-            self.assertEqual(got.maps, dict(enumerate(shades)))
+            self.assertEqual((got.maps, got.heads), (dict(enumerate(shades)), [["^emma"] * 4] * 2))
         self.assertGreater(len({shade for rows in shades[1] for shade in rows[4]}), 2)  # not all the same
 
     def test_odd_characters_keep_to_their_columns(self):
@@ -1386,12 +1584,13 @@ class TestExplain(Test):
         for more in "--heads 12", "--heads 1 --merges 2", "--context 99 --lr 1e3":
             out = self.printed(f"--d-model 24 --steps 6 --samples 0 {more}", "--explain", text * 6)
             got = Explained(out)
-            self.assertEqual([len(rows) for rows in got.maps[0]], [len(got.rows)] * len(got.maps[0]))
             self.assertEqual(re.findall("inf|nan", out), [])
-            self.assertTrue(all(line.isprintable() for line in out.split("\n")[4:]))
+            self.assertTrue(all(line.isprintable() for line in out[out.index("\ntoken") :].split("\n")))
             self.assertEqual(len({line.index(".") for line in got.lines[:-1]}), 1)
+            for rows in got.maps[0]:
+                self.assertEqual([*map(len, rows)], [*range(1, min(len(got.rows), 30) + 1)][-len(rows) :])
 
-    def test_a_text_longer_than_the_context_is_explained_up_to_there(self):
+    def test_a_long_text_is_explained_up_to_the_context(self):
         for flags, pairs in (("--context 4 --explain emmaava", "^e em mm ma"), ("--explain=", "^^"),
                              ("--stream --context 4 --explain av", "av")):
             got = Explained(self.printed(f"--steps 1 --samples 0 {flags}"))
@@ -1418,7 +1617,7 @@ class Picture:
 class TestPlot(Test):
     def test_curves_and_ticks_of_any_losses(self):
         rng, cases = random.Random(2), [([], []), ([], [(50, 2.5)]), ([(9, 0.0)], []), ([(1, 1e99)] * 3, [])]
-        for n in [1, 2, 3, 10, 100, 1000] * 20:
+        for n in [1, 2, 3, 10, 100, 1000] * 3:
             first, (low, high) = int(10 ** rng.uniform(0, 6)), [10 ** rng.uniform(-6, 6) for _ in "ab"]
             points = [(step, rng.uniform(low, high)) for step in range(first, first + n)]
             cases.append((points, points[1::2]))
@@ -1435,16 +1634,17 @@ class TestPlot(Test):
                 self.assertLessEqual(len(numbers), 11)
             for name, wanted in ("loss", points), ("validation", validations):
                 if len(points) > 9:
+                    low, *_, high = sorted(loss for _, loss in points)
                     for (x, y), (step, loss) in zip(picture.data(name), wanted):
                         self.assertAlmostEqual(x, step, delta=len(points) / 500)
-                        self.assertAlmostEqual(y, loss, delta=abs(high - low) / 500)
+                        self.assertAlmostEqual(y, loss, delta=(1.01 * high - low) / 500)
         means = Picture(microgpt.loss_plot([(i, i % 2 + 1.0) for i in range(900)], [])).data("mean")
         self.assertTrue(all(abs(mean - 1.5) < 0.02 for _, mean in means[100:]))
 
-    def test_the_command_line_draws_its_losses_even_where_it_ends_early(self):
+    def test_a_run_draws_its_losses_even_where_it_ends_early(self):
         watched = "--steps 30 --val-fraction 0.4 --eval-every 7 --div-warn 1e9"
         for status, flags, curves in ((0, watched, [30, 30, 5]), (1, "--optimizer sgd --lr 1e99", [3, 3, 0])):
-            self.file("run.svg", "of another run")
+            self.file("run.svg", "<svg of another run")
             got, out, _ = self.main(f"{flags} --samples 0 --plot run.svg")
             picture = Picture(self.content("run.svg").decode())
             self.assertEqual((got, list(map(len, picture.curves.values()))), (status, curves))
@@ -1454,9 +1654,9 @@ class TestPlot(Test):
             self.assertEqual(sorted(os.listdir()), ["input.txt", "run.svg"])
 
 class TestTrace(Long):
-    def test_its_numbers_are_those_of_the_run_and_gradients_those_before_clipping(self):
+    def test_its_numbers_are_those_of_the_run(self):
         flags = "--steps 12 --batch-size 3 --warmup-steps 4 --seed 7 --samples 0 --clip-grad 0.1"
-        self.file("run.jsonl", '{"step": 1, "of": "another run"}\n')
+        self.file("run.jsonl", '{"flags": ["of another run"]}\n')
         self.printed("--steps 0 --seed 7 --samples 0 --save run")
         out, lines, docs = self.printed(f"{flags} --trace run.jsonl"), self.trace(), SHIPPED[:60]
         self.assertEqual(losses(out), [f"{line['loss']:.4f}" for line in lines])
@@ -1468,110 +1668,66 @@ class TestTrace(Long):
             self.assertEqual(line["tokens"], [[25, *tokenizer.encode(doc), 25] for doc in batch])
             self.assertAlmostEqual(line["learning_rate"], 0.01 * min((step + 1) / 4, 1 - (step - 4) / 8), 15)
             self.assertEqual("gradients" in line, step == 0)
-        loss, grads = microgpt.loss_and_grads(Config(26), self.weights(), lines[0]["tokens"])
-        for name, rows in grads.items():
+        loss, grads = microgpt.loss_and_grads(GPT(26), self.weights(), lines[0]["tokens"])
+        for name, rows in grads.items():  # before clipping
             self.assertClose(lines[0]["gradients"][name], rows, 1e-12)
         told, norm = lines[0], math.sqrt(sum(g * g for rows in grads.values() for g in flat(rows)))
         self.assertClose([[told["loss"], told["gradient_norm"]]], [[loss, norm]], 1e-12)
         self.assertEqual(list(told["gradients"]), list(grads))
 
     def test_it_has_all_that_a_port_needs(self):
-        layer = "linear linear linear attention linear __add__ rmsnorm linear relu linear __add__ ".split()
-        lean = ["embed", "embed", "__add__", "rmsnorm", "rmsnorm", *layer, "linear", "cross_entropy"]
+        layer = "linear linear linear attention linear add rmsnorm linear relu linear add".split()
+        lean = ["embed", "embed", "add", "rmsnorm", "rmsnorm", *layer, "linear", "cross_entropy"]
         other = "--stream --vocab-size 9 --arch gpt2 --batch-size 2 --workers 2"
         for flags, names in (("", lean), (other, None)):
+            self.remove("start", "run.jsonl")
             self.printed(f"{flags} --steps 0 --samples 0 --save start")
             self.printed(f"{flags} --steps 2 --samples 0 --trace run.jsonl")
             first, step = json.loads(self.content("run.jsonl").splitlines()[0]), self.trace()[0]
-            metadata = read_file("start")[1]
+            metadata = self.metadata("start")
             for name in ("characters", "merges", "config", "random"):
-                self.assertEqual(first[name], json.loads(metadata[name]))
+                self.assertEqual(first[name], metadata[name])
             self.assertEqual((first["step"], first["weights"]), (0, self.weights("start")))
             self.assertEqual(first["bos"], first["config"]["vocab_size"] - 1)
             told, results = zip(*step["operations"])
             self.assertEqual(list(told), names or list(told))
             self.assertAlmostEqual(results[-1], step["loss"], 12)
-            model, config = microgpt.MODELS["gpt2" if "gpt2" in flags else "microgpt"][0], first["config"]
-            w, rows = {name: Tensor(rows) for name, rows in first["weights"].items()}, step["tokens"]
-            config, got = Config(**config), []
-            for row in rows:
-                cache, n = microgpt.new_cache(config), len(row) - 1
-                got += model(config, w, row[:-1], range(n), [cache] * n).data
-            self.assertClose(got, results[-2], 1e-12)
-            microgpt.tape.clear()
+            rows = [row for tokens in step["tokens"] for row in by_hand(first["weights"], tokens[:-1], 4)[0]]
+            self.assertClose(results[-2], rows)
 
-    def test_a_resumed_run_goes_on_after_its_step_and_cuts_what_is_beyond(self):
+    def test_a_resumed_run_cuts_what_is_beyond_its_step(self):
         flags = "--samples 0 --schedule constant --batch-size 2 --trace"
         self.printed(f"--steps 9 {flags} whole.jsonl")
         self.printed(f"--steps 4 {flags} run.jsonl --save run")
         whole, four, checkpoint = map(self.content, ("whole.jsonl", "run.jsonl", "run"))
-        begin, whole = four.splitlines(True)[0], whole[whole.index(b"\n") + 1 :]
-        self.assertEqual(four, begin + whole[: len(four) - len(begin)])
-        lines, rest = [begin, *whole.splitlines(True)], whole[len(four) - len(begin) :]
+        lines, begin = whole.splitlines(True), four.splitlines(True)[0]  # which names other flags
+        steps = b"".join(lines[1:])
+        self.assertEqual(four, begin + b"".join(lines[1:5]))
         beyond = b"".join(lines[5:7]).replace(b'"loss"', b'"lost"')
         more = b"", beyond, lines[5][:40], beyond + lines[7][:-1], beyond + b"\xff\x00"
-        torn = b"".join(lines[:4]) + rest  # where a disk was full in step 4
-        cases = [(four + each, begin + whole) for each in more]
-        for before, after in [*cases, (four[:-9], torn), (b"", None)]:
+        torn = b"".join(lines[1:4] + lines[5:])  # where a disk was full in step 4
+        for before, after in [*[(four + each, steps) for each in more], (four[:-9], torn), (b"", b"".join(lines[5:]))]:
             self.file("run.jsonl", before)
             self.file("run", checkpoint)
             self.printed(f"--resume run --steps 9 {flags} run.jsonl")
-            got = self.content("run.jsonl")
-            self.assertEqual(got if after else got[got.index(b"\n") + 1 :], after or rest, before)
+            got = self.content("run.jsonl").splitlines(True)
+            self.assertEqual((got[0] if before else begin, b"".join(got[1:])), (begin, after), before)
 
-    def test_each_line_is_there_when_its_step_is_done_and_no_file_is_left_open(self):
+    def test_each_line_is_there_when_its_step_is_done(self):
         process = self.start_run("--trace run.jsonl", "step +20 ")
         process.kill()
         lines = self.content("run.jsonl").splitlines()[:20]
         self.assertEqual([json.loads(line)["step"] for line in lines], [*range(20)])
+
+    def test_no_file_is_left_open(self):
         flags = "--steps 4 --samples 0 --val-fraction 0.2 --plot a.svg --trace a.jsonl --save run"
         status, _, errors = self.script(SCRIPT, *flags.split(), script="-Wdefault")
         self.assertEqual((status, errors), (0, ""))
 
-# 18. The command line -------------------------------------------------------------------------------------
-
-class TestPrompts(Test):
-    def test_tokens_come_as_often_as_temperature_and_top_k_say(self):
-        self.file("input.txt", "abcd")
-        self.printed("--stream --context 1 --d-model 1 --heads 1 --steps 0 --samples 0 --save run")
-        tensors, metadata = read_file("run")
-
-        def drawn(z, flags):
-            """The tokens of a model for which every token, a to d, is followed by one with these logits."""
-            new = {"wte": [[1e3]] * 5, "wpe": [[0.0]], "lm_head": [[a] for a in (*z, -1e299)],
-                   "layer0.attn_wo": [[0.0]], "layer0.mlp_fc2": [[0.0] * 4]}
-            microgpt.write_safetensors("run", {**tensors, **new}, metadata)
-            return self.printed(f"--resume run --samples 1 {flags}").split("sample  1: ")[1].rstrip("\n")
-
-        for temperature in (0.5, 1.0, 2.0):
-            text = drawn([0.0, 1.0, -2.0, 0.5], f"--max-tokens 4000 --temperature {temperature}")
-            for char, p in zip("abcd", softmax([0.0, 1.0, -2.0, 0.5], temperature)):
-                self.assertLess(abs(text.count(char) / 4000 - p), 4 * math.sqrt(p * (1 - p) / 4000))
-        for k, left in ((1, "b"), (2, "abc"), (3, "abc"), (4, "abcd"), (9, "abcd"), (0, "abcd")):
-            text = drawn([1.0, 2.0, 1.0, 0.0], f"--max-tokens 300 --temperature 3 --top-k {k}")
-            self.assertEqual("".join(sorted(set(text))), left)
-        self.assertEqual(drawn([0.0, 3.0, 2.9, 0.0], "--max-tokens 20 --temperature 0"), "b" * 20)
-        self.assertEqual(drawn([1e299, -1e299, 0.0, 0.0], "--max-tokens 20 --temperature 1e-300"), "a" * 20)
-
-    def test_past_the_context_the_window_slides_and_without_a_prompt_a_text_begins_as_after_a_line(self):
-        self.file("text.txt", "abcabd\taecb\n" * 9)
-        chars = sorted("\t\nabcde")
-        for size in (1, 5, 6):
-            flags = f"--corpus text.txt --stream --context {size} --steps 30 --lr 0.3 --temperature 0"
-            self.printed(f"{flags} --samples 0 --save run{size}")
-            for prompt in ("", "ab", "abcabdaecbd"):
-                out = self.printed(f"--resume run{size} --max-tokens 12 --samples 1 --prompt={prompt}")
-                past, start = [chars.index(char) for char in prompt or "\n"], 0  # where the window begins
-                for _ in range(12):
-                    if len(past) - start > size:
-                        start = len(past) - (size + 1) // 2
-                    row = by_hand(self.weights(f"run{size}"), past[start:], 4)[0][-1]
-                    past.append(row.index(max(row)))
-                text = prompt + "".join(chars[i] for i in past[-12:])
-                self.assertEqual(out.split("sample  1: ")[1], text + "\n")
+# 19. Training ---------------------------------------------------------------------------------------------
 
 class TestCorpus(Test):
-    def test_globs_are_merged_sorted_and_each_file_is_read_once(self):
+    def test_globs_are_sorted_and_each_file_is_read_once(self):
         os.makedirs("deep/er")
         for name, text in (("a.txt", "x\ny\n"), ("b.txt", "z\n"), ("deep/er/c.txt", "w\nv\n")):
             self.file(name, text)
@@ -1580,24 +1736,24 @@ class TestCorpus(Test):
                                 for each in globs]
         self.assertEqual((first, first[:26]), (second, "num docs: 3\nvocab size: 4\n"))
         self.assertTrue(third.startswith("num docs: 65\n"), third)
-        for i, name in enumerate(("it's a\n'name'.txt", "a[1]*.txt", "é☃.txt", "-x.txt", "%s {}.txt"), 1):
+
+    def test_odd_names_of_files(self):
+        self.file("a1.txt", "c\n")
+        names = ["a[1].txt", "é☃.txt", "-x.txt", "%s {}.txt", "it's a name.txt"]
+        for i, name in enumerate(names + ["a\n'name'*.txt"] * (os.name == "posix"), 2):
             self.file(name, "ab\n" * i)
-            for flags in ([f"--corpus={name}", f"--save={name}s"], [f"--resume={name}s"]):
-                self.assertIn(f"num docs: {i}\n", self.printed("--steps 1 --samples 1", *flags))
+            for flags in (["--steps=1", f"--corpus={name}", f"--save={name}s"], ["--steps=2", f"--resume={name}s"]):
+                self.assertIn(f"num docs: {i}\n", self.printed("--samples=1", *flags))
 
-    def test_a_glob_that_finds_no_end_is_refused(self):
-        with unittest.mock.patch("microgpt.iglob", lambda *_, **__: map("{}.txt".format, count())):
-            self.assertRefused(1, "too many", "--corpus *.txt")
-
-    def test_a_stream_is_the_text_as_it_is_and_documents_are_its_lines(self):
+    def test_documents_are_lines_and_a_stream_is_all_of_it(self):
         self.file("a.txt", "\ufeffone\r\n\r\n two \n")
-        self.file("b.txt", "34")
-        flags = "--corpus a.txt --corpus b.txt --context 12 --steps 1 --samples 0 --trace run.jsonl"
-        for more, wanted in (("3", ["34", "one", "two"]), ("1 --stream", ["one\n\n two \n34"])):
+        self.file("b.txt", "34")  # which lacks a line end
+        flags = "--corpus a.txt --corpus b.txt --context 13 --steps 1 --samples 0 --trace run.jsonl"
+        for more, wanted in (("3", ["34", "one", "two"]), ("1 --stream", ["one\n\n two \n34\n"])):
             self.assertIn(f"num docs: {len(wanted)}\n", self.printed(f"{flags} --batch-size {more}"))
             self.assertEqual(sorted(self.trace()[0]["documents"]), wanted)
 
-    def test_windows_of_a_stream_depend_on_the_seed_and_the_step_and_come_from_all_of_it(self):
+    def test_windows_of_a_stream_go_by_seed_and_step(self):
         path, windows = self.file("text.txt", letters := "abcdefghijklmnopqrstuvwxyz"), []
         flags = f"--corpus {path} --stream --context 4 --samples 0 --batch-size 8 --trace run.jsonl"
         for more in ("20", "20", "10", "20 --seed 7"):
@@ -1605,18 +1761,9 @@ class TestCorpus(Test):
             windows.append([window for line in self.trace() for window in line["documents"]])
         self.assertEqual((windows[0], windows[0][:80]), (windows[1], windows[2]))
         self.assertNotEqual(windows[0], windows[3])
-        self.assertEqual(set(windows[0]), {letters[i : i + 5] for i in range(22)})
+        self.assertEqual({*windows[0]}, {f"{letters}\n"[i : i + 5] for i in range(23)})  # from all of it
 
-    @unittest.skipUnless(os.path.exists("/dev/stdin"), "needs /dev/stdin")
-    def test_a_pipe_is_a_corpus(self):
-        read_end, write_end = os.pipe()
-        os.write(write_end, b"ab\nc\n")
-        os.close(write_end)
-        status, out, errors = self.script("--corpus /dev/stdin --steps 1 --samples 0", stdin=read_end)
-        os.close(read_end)
-        self.assertEqual((status, errors, out[:12]), (0, "", "num docs: 2\n"))
-
-    def test_input_txt_is_that_of_the_current_folder_or_the_shipped_one(self):
+    def test_input_txt_here_or_the_shipped_one(self):
         self.assertIn("num docs: 60\n", self.printed("--steps 1 --samples 0"))
         os.remove("input.txt")
         self.assertIn(f"num docs: {len(SHIPPED)}\nvocab size: 27\n", self.printed("--steps 1 --samples 1"))
@@ -1624,20 +1771,18 @@ class TestCorpus(Test):
         self.assertEqual((status, out, os.listdir()), (1, "", ["alone.py"]))
         self.assertRegex(errors, "^microgpt: error: .*input.txt[^\n]*\n$")
 
-class TestValidation(Test):
+class TestTraining(Test):
     def validated(self, flags, ids):
         """Train, and hold the validation loss against one by hand: the mean over all tokens of some documents
         but the first of each. Returns the documents trained on."""
         out = self.printed(f"--val-fraction {flags} --div-warn 1e9 --samples 0 --save run --trace run.jsonl")
-        trained, logs = {doc for line in self.trace() for doc in line["documents"]}, []
-        for document in ids(trained):
-            rows = by_hand(self.weights(), document[:-1], 4)[0]
-            logs += [-math.log(softmax(row)[target]) for row, target in zip(rows, document[1:])]
+        trained = {doc for line in self.trace() for doc in line["documents"]}
+        logs = list(chain(*[loss_by_hand(self.weights(), doc) for doc in ids(trained)]))
         self.assertEqual(f"{statistics.mean(logs):.4f}", re.search(r"validation (\S+)\n", out)[1])
         os.remove("run")
         return trained
 
-    def test_held_out_documents_are_never_trained_on_and_validation_is_the_mean_over_their_tokens(self):
+    def test_held_out_documents_are_never_trained_on(self):
         docs = ["a", "bc", "cab" * 9, "bbbb", "ccccab" * 3, "ab", "acab", "cc", "aab", "abcabcabcabcabcabc"]
         self.file("input.txt", "\n".join(docs))
         others = lambda trained: [doc for doc in docs if doc[:16] not in {other[:16] for other in trained}]
@@ -1646,40 +1791,57 @@ class TestValidation(Test):
             trained = self.validated(f"{fraction} --steps 20 --batch-size 2 --eval-every 20", ids)
             self.assertEqual((len(trained), len(others(trained))), (10 - n, n))
 
-    def test_the_end_of_a_stream_is_held_out_in_windows(self):
-        text = "".join(random.Random(1).choices("abc", k=110)) + "d" * 10
-        end, flags = list(map("abcd".index, text[96:])), f"--corpus {self.file('text.txt', text)} --stream"
+    def test_the_end_of_a_stream_is_held_out(self):
+        text = "".join(random.Random(1).choices("abc", k=110)) + "d" * 9 + "\n"
+        end, flags = list(map("\nabcd".index, text[96:])), f"--corpus {self.file('text.txt', text)} --stream"
         windows = lambda trained: [end[start : start + 5] for start in range(0, 23, 4)]
         trained = self.validated(f"0.2 {flags} --context 4 --steps 30 --batch-size 8", windows)
         self.assertNotIn("d", "".join(trained))
 
-    def test_the_loss_beside_it_is_the_mean_since_the_one_before(self):
+    def test_the_loss_beside_it_is_the_mean_since_the_last(self):
         out = self.printed("--steps 7 --eval-every 3 --val-fraction 0.2 --div-warn 1e9 --samples 0")
         each, told = list(map(float, losses(out))), re.findall(r"loss (\S+) on average", out)
         self.assertEqual(re.findall(r"step +(\d) / +7 \| loss \S+ on", out), ["3", "6", "7"])
         for mean, part in zip(told, (each[:3], each[3:6], each[6:])):
             self.assertAlmostEqual(float(mean), statistics.mean(part), delta=1.01e-4)
 
+    def test_with_merges_the_loss_per_character_is_told(self):
+        flags = "--steps 8 --batch-size 8 --val-fraction 0.3 --samples 0 --div-warn 1e9 --save run --trace run.jsonl"
+        out, docs = self.printed(f"{flags} --merges 12"), SHIPPED[:60]
+        trained, run = {doc for line in self.trace() for doc in line["documents"]}, microgpt.load("run")
+        logs = [loss_by_hand(run.weights, run.encode(doc) + run.edge) for doc in docs if doc not in trained]
+        characters = sum(len(doc) + 1 for doc in docs if doc not in trained)  # the end counts as one
+        told = re.search(r"validation (\S+) \| (\S+) per character\n", out).groups()
+        self.assertEqual(told, (f"{statistics.mean(chain(*logs)):.4f}", f"{sum(chain(*logs)) / characters:.4f}"))
+        os.remove("run")
+        self.assertNotIn("per character", self.printed(flags))
+
+    def test_without_steps_a_share_held_out_is_still_validated(self):
+        out = self.printed("--steps 9 --val-fraction 0.2 --samples 0 --div-warn 1e9 --save run")
+        again = self.printed("--resume run --steps 0 --val-fraction 0.2 --samples 0")
+        validation = re.compile(r"validation (\S+)\n")
+        self.assertEqual(validation.findall(again), validation.findall(out))
+        fresh = self.printed("--steps 0 --val-fraction 0.2 --samples 0")
+        self.assertAlmostEqual(float(validation.findall(fresh)[0]), math.log(26), delta=0.2)
+
     def test_the_gap_that_warns_and_the_gap_that_stops(self):
         flags = "--corpus text.txt --stream --steps 12 --eval-every 12 --lr 0.05 --samples 0"
-        for n, low, high in ((4, 10, 20), (7, 20, 99)):
-            self.file("text.txt", "aab" * 100 + "abb" * n + "aab" * (12 - n))
+        for n, low, high in ((3, 3, 20), (7, 21, 99)):
+            self.file("text.txt", "aa\n" * 100 + "a\n\n" * n + "aa\n" * (12 - n))
             _, out, errors = self.main(f"{flags} --div-warn 0")
             loss, validation = map(float, re.search(r"loss (\S+) on .* validation (\S+)\n", out).groups())
-            gap = int(re.search(r"at step 12 the validation loss is (\d+) % above the training", errors)[1])
+            gap = int(re.search(r"at step 12 the validation loss is (\d+) ?% above the training", errors)[1])
             self.assertAlmostEqual(gap, (validation / loss - 1) * 100, delta=0.6)
             self.assertTrue(low < gap < high, gap)
-            for more, status, word in (
-                ("--val-fraction 0.1", 0, "warning" if gap > 20 else ""), (f"--div-warn {gap + 1}", 0, ""),
-                (f"--div-crit {gap - 1} --save run", 1, "error"),
-                (f"--div-crit {gap + 1} --div-warn {gap - 1}", 0, "warning"),
-            ):
-                got, _, errors = self.main(f"{flags} {more}")
-                self.assertEqual((got, errors.count("\n")), (status, word != ""), more)
+            for more, word in (("--val-fraction 0.1", "warning" if gap > 20 else ""), (f"--div-warn {gap + 1}", ""),
+                               (f"--div-crit {gap - 1} --save run{n}", "error"),
+                               (f"--div-crit {gap + 1} --div-warn {gap - 1}", "warning")):
+                status, _, errors = self.main(f"{flags} {more}")
+                saved = "; step 12 is saved\n" in errors
+                self.assertEqual((status, errors.count("\n"), saved), (word == "error", word != "", word == "error"))
                 self.assertRegex(errors, f"^microgpt: {word}: at step 12 " if word else "^$")
-                self.assertEqual("; step 12 is saved in run\n" in errors, word == "error")
 
-    def test_watching_changes_neither_the_losses_nor_the_last_samples(self):
+    def test_watching_changes_nothing(self):
         watching = "--gen-every 5 --save-every 3 --save run --trace run.jsonl --plot run.svg"
         plain, watched = (self.printed(f"--steps 12 --samples 3 {flags}") for flags in ("", watching))
         self.assertEqual(losses(plain), losses(watched))
@@ -1688,47 +1850,87 @@ class TestValidation(Test):
         flags = "--steps 12 --val-fraction 0.2 --stream --context 4 --div-warn 1e9 --eval-every"
         self.assertEqual(*(losses(self.printed(f"{flags} {n}")) for n in (3, 12)))
 
-DEFAULTS = "--vocab-size 0 --layers 1 --d-model 16 --heads 4 --context 16 --arch microgpt --steps 1000 " \
+    def test_full_memory_is_one_line_and_the_work_is_saved(self):
+        with unittest.mock.patch.object(microgpt, "norm", side_effect=[1.0] * 4 + [MemoryError]):
+            status, _, error = self.main("--trace run.jsonl --save run")
+        self.assertRegex(f"{status} {error}", r"^1 microgpt: error: [^\n]*memory; step \d is saved\n$")
+        self.assertIn(f"step {self.metadata()['step']} ", error)
+
+    def test_autotune_prints_a_command_that_runs(self):
+        flags = "--steps 2 --merges 3 --corpus input.txt --prompt=e --samples 1 --save run --autotune"
+        status, out, errors = self.script(f"{flags} --batch-sizes 1,3 --worker-counts 1,2")
+        self.assertEqual((status, errors, os.listdir()), (0, "", ["input.txt"]))
+        *rows, command = out.splitlines()
+        rows = [row.split()[:3] for row in rows[rows.index(next(row for row in rows if "tokens/s" in row)) + 1 :]]
+        self.assertEqual(rows, [["1", "1", "tensor"], ["3", "1", "tensor"], ["3", "2", "tensor"]])
+        _, script, *words = shlex.split(command)
+        best = [word.split("=")[1] for word in words if word.startswith(("--batch", "--workers", "--engine"))]
+        self.assertIn(best, rows)
+        self.assertEqual(script, SCRIPT)
+        status, out, errors = self.script("", *words)
+        self.assertEqual((status, errors, "sample  1: e" in out, losses(out)[2:]), (0, "", True, []))
+        self.assertEqual(self.metadata()["merges"] and self.metadata()["step"], 2)
+
+    def test_autotune_goes_on_after_what_fails(self):
+        real, failing = microgpt.time_steps, {(2, 1): microgpt.UserError("no GPU"), (2, 2): MemoryError()}
+        def step(run, docs, engine, size, n):
+            if (size, n) in failing:
+                raise failing[size, n]
+            return real(run, docs, engine, size, n)
+
+        flags = "--steps 5 --autotune --worker-counts 1,2 --batch-sizes"
+        with unittest.mock.patch.object(microgpt, "time_steps", step):
+            out = self.printed(f"{flags} 2,1")
+            self.assertRegex(out, "\n +2 +1 +tensor +no GPU\n +2 +2 +tensor +[^\n]*memory\n +1 +1 +tensor +\\d")
+            self.assertIn("--batch-size=1 --workers=1 --engine=tensor", out.splitlines()[-1])
+            status, _, errors = self.main(f"{flags} 2")
+        self.assertRegex(f"{status} {errors}", "^1 microgpt: error: none [^\n]*\n$")
+
+# 20. The command line -------------------------------------------------------------------------------------
+
+DEFAULTS = "--merges 0 --n-layer 1 --n-embd 16 --n-head 4 --block-size 16 --arch microgpt --steps 1000 " \
            "--batch-size 1 --optimizer adam --lr 0.01 --beta1 0.85 --beta2 0.99 --eps 1e-08 --workers 1 " \
            "--weight-decay 0.01 --schedule linear --warmup-steps 0 --clip-grad 0 --seed 42 --engine tensor " \
            "--val-fraction 0 --eval-every 100 --save-every 500 --samples 20 --temperature 0.5 --top-k 0"
-NO_FLAGS = {"corpus": "input.txt", "div-warn": "20", "max-tokens": "the context"}  # are no flags
+NO_FLAGS = {"corpus": "input.txt", "div-warn": "20", "max-tokens": "the context", "batch-sizes": "1,2,4,8,16"}
 SIZES = "--layers --d-model --heads --context --batch-size --max-tokens --workers --save-every".split()
 NUMBERS = "--lr --temperature --clip-grad --weight-decay --div-warn --div-crit".split()
 REFUSALS = [  # status, pattern of the one line of error, flags
-    (1, "cannot read missing", "--corpus missing"), (1, r"cannot read no-\*.txt", "--corpus no-*.txt"),
-    *[(1, f"too little text in {name}.txt$", f"--corpus {name}.txt") for name in ("empty", "blank")],
-    (1, "cannot read latin.txt: 'utf-8' codec can't decode byte 0xe9", "--corpus latin.txt"),
-    (1, "cannot read folder.svg", "--corpus folder.svg"), (1, "no file", f"--corpus {os.devnull}"),
-    (1, "too short for a context of 2", "--corpus short.txt --stream --context 2"),
-    (1, "too little text in short.txt$", "--corpus short.txt --val-fraction 0.1"),
+    (1, "cannot read .*missing", "--corpus missing"), (1, r"cannot read .*no-\*.txt", "--corpus no-*.txt"),
+    *[(1, f"too little text in .*{name}.txt$", f"--corpus {name}.txt") for name in ("empty", "blank")],
+    (1, "cannot read .*latin.txt: 'utf-8' codec can't decode byte 0xe9", "--corpus latin.txt"),
+    (1, "cannot read .*folder.svg", "--corpus folder.svg"), (1, "cannot read|too little", f"--corpus {os.devnull}"),
+    (1, "too short for a context of 3", "--corpus short.txt --stream --context 3"),
+    (1, "too little text in .*short.txt$", "--corpus short.txt --val-fraction 0.1"),
     (1, "too short for a context of 2", "--corpus 5.txt --stream --context 2 --val-fraction 0.1"),
-    (1, "the character 'É'", "--prompt É"), (1, "the character '☃'", "--explain ☃"),
-    (2, "two tokens", "--stream --context 4 --explain e"),
+    (1, "'É'", "--prompt É"), (1, "'☃'", "--explain ☃"), (2, "two tokens", "--stream --context 4 --explain e"),
     (2, "--heads 3 does not divide --d-model 16", "--heads 3"), (2, "arguments: --nonsense", "--nonsense"),
     (2, "arguments: --temp", "--temp 1"), (2, "3 is more than --batch-size 2", "--batch-size 2 --workers 3"),
-    *[(2, f"{flag}\\b.*'{value}' is no whole number from 1", f"{flag}={value}")
+    *[(2, f"{flag}\\b.*'{value}' .*whole number.* 1\\b", f"{flag}={value}")
       for flag in SIZES for value in ("0", "-1", "x", "1.5", "")],
-    *[(2, f"{flag}\\b.*number from 0", f"{flag}={value}")
+    *[(2, f"{flag}\\b.*number.* 0\\b", f"{flag}={value}")
       for flag in NUMBERS for value in ("-1", "nan", "inf", "x", "")],
-    *[(2, f"{flag}\\b.*from 0 to below 1", f"{flag}={value}")
+    *[(2, f"{flag}\\b.* 0 .*below 1\\b", f"{flag}={value}")
       for flag in ("--beta1", "--beta2", "--val-fraction") for value in ("-1", "1", "nan")],
     *[(2, f"{name}.*invalid choice", f"--{name} gpt5") for name in "arch engine optimizer schedule".split()],
     *[(2, flags.split("=")[0], flags) for flags in (
-        "--eps=-1", "--warmup-steps=-1", f"--steps={'9' * 5000}", "--save=",
-        "--plot=input.txt", "--plot=", "--plot=folder.svg", "--trace=run.svg")],
+        "--eps=-1", "--warmup-steps=-1", "--batch-sizes=1,0", "--worker-counts=x", f"--steps={'9' * 5000}",
+        "--save=", "--plot=run", "--plot=", "--trace=run.svg")],
     *[(2, "the model is too large", flags)
       for flags in ("--d-model 99999 --heads 1", "--layers 999999", "--context 999999999")],
-    *[(2, "writable folder, not 'nowhere", f"--{flags}")
+    *[(2, "nowhere", f"--{flags}")
       for flags in ("save nowhere/a", "plot nowhere/a.svg", "trace nowhere/a.jsonl")],
-    (1, "input.txt", "--save input.txt"),
-    (1, "cannot read input.txt/", "--save input.txt/"),
+    (1, "folder.svg", "--plot=folder.svg"), (2, "two purposes", "--save input.txt/"),
+    *[(2, "two purposes", flags) for flags in (
+        "--save input.txt", "--trace text.jsonl --corpus text.jsonl", "--save run.svg --plot run.svg")],
+    (1, "cannot write greek.txt", "--save greek.txt"), (2, "something else", "--trace text.jsonl"),
+    (2, "something else", "--plot text.svg"), (2, "run holds a run of 3 steps.*--resume", "--save run"),
     (1, "missing", "--resume missing"), (1, "input.txt", "--resume input.txt"), (1, "''|read", "--resume="),
-    (1, r"cannot read \.", "--save ."), (1, "the character 'é'", "--resume run --steps 9 --corpus greek.txt"),
+    (1, r"cannot write \.", "--save ."), (2, "new --corpus", "--resume run --steps 9 --corpus greek.txt"),
     (2, "run was made with another --stream$", "--resume run --stream"),
-    *[(2, f"run was made with another --{name}$", f"--resume run --{name} {new}")
-      for name, new in (("layers", 2), ("d-model", 32), ("heads", 2), ("context", 8), ("arch", "gpt2"),
-                        ("vocab-size", 5))],
+    *[(2, "run was made with another --|held out", f"--resume run --steps 9 --{flag}")
+      for flag in ("n-layer 2", "n-embd 32", "n-head 2", "block-size 8", "arch gpt2", "merges 5", "seed 1",
+                   "val-fraction 0.1")],
 ]
 
 class TestCommandLine(Test):
@@ -1739,12 +1941,12 @@ class TestCommandLine(Test):
         self.assertEqual((status, errors, out.count("\r")), (0, "", 1000))
         self.assertEqual(re.sub("\r\n?", "\n", out), read(GOLDEN))
 
-    def test_the_engines_and_archs_print_the_same(self):
+    def test_engines_print_the_same(self):
         for arch in ("microgpt", "gpt2"):
             flags = f"--arch {arch} --steps 5 --batch-size 2 --layers 2 --d-model 8 --context 5 --samples 3"
             self.assertEqual(*(self.printed(f"{flags} --engine {engine}") for engine in ("scalar", "tensor")))
 
-    def test_every_flag_changes_the_run_and_a_seed_repeats_it(self):
+    def test_every_flag_changes_the_run(self):
         always = "--steps 6 --samples 2 --val-fraction 0.2 --div-warn 1e9"
         runs = [self.printed(f"{always} {flags}") for flags in (
             "", "--stream --context 8", "--merges 1", "--n-layer 2", "--n-embd 8", "--n-head 2",
@@ -1754,10 +1956,10 @@ class TestCommandLine(Test):
             "--warmup-steps 3", "--clip-grad 0.1", "--val-fraction 0.4", "--eval-every 4", "--gen-every 4",
             "--temperature 2", "--top-k 2", "--prompt m", "--max-tokens 3", "--samples 3")]
         self.assertEqual(len(set(runs)), len(runs))
-        same = "--seed 42", "--clip-grad 0.1 --no-clip-grad", "--cosine --schedule linear"
+        same = "--seed 42", "--clip-grad 0.1 --no-clip-grad", "--cosine --schedule linear", "--weight-decay 9"
         self.assertEqual({self.printed(f"{always} {flags}") for flags in same}, {runs[0]})
 
-    def test_the_long_command_line_of_the_design_and_going_on_with_it(self):
+    def test_the_long_line_of_the_design_and_going_on(self):
         flags = "--stream --steps 6 --vocab-size 1000 --warmup-steps 3 --cosine --div-crit 50 --gen-every 3"
         for flags, steps in (flags, "123456"), ("--resume run --steps 9", "789"):
             status, out, errors = self.main(f"{flags} --samples 1 --save run")
@@ -1766,14 +1968,15 @@ class TestCommandLine(Test):
             self.assertRegex(out, rf"step +{steps[-1]} / +\d \| loss \S+ on average \| validation ")
             self.assertRegex(out, rf"\nsample at step {steps[-1]}: (?s:.)*--- inference .* text\) ---\nsam")
 
-    def test_help_names_every_group_and_the_defaults_that_there_are(self):
+    def test_help_names_every_group_and_default(self):
         status, out, errors = self.script("--help", env={"COLUMNS": "300"})
         self.assertEqual((status, errors), (0, ""))
-        for group in ("basics", "data", "model", "training", "watching", "keeping", "sampling", "engine"):
+        for group in ("basics", "model", "training", "watching", "keeping", "sampling", "engine"):
             self.assertIn(f"\n{group}:\n", out)
         self.assertNotRegex(out, "object at|None|%%")
         out = re.sub(r"\n {9,}", "  ", out)  # what stands below a long flag
         told = dict(re.findall(r"^  --([a-z0-9-]+).*?  +[^-].* \(([^()]*)\)$", out, re.M))
+        del told["worker-counts"]  # that depends on the machine
         self.assertEqual(told, {**dict(re.findall(r"--(\S+) (\S+)", DEFAULTS)), **NO_FLAGS})
         self.printed("--steps 3 --samples 1 --save run")
         self.printed(f"{DEFAULTS} --steps 3 --samples 1 --save same")
@@ -1782,16 +1985,14 @@ class TestCommandLine(Test):
     def test_what_is_refused(self):
         self.printed("--steps 3 --samples 0 --vocab-size 9 --save run")
         for name, content in {"empty.txt": "", "blank.txt": "\n  \n\r\n\t\n", "latin.txt": b"caf\xe9\n",
-                              "short.txt": "ab", "5.txt": "abcde", "greek.txt": "aé"}.items():
+                              "short.txt": "ab", "5.txt": "abcde", "greek.txt": "aéabcdefghij" * 9,
+                              "text.svg": "a text", "text.jsonl": "a text"}.items():
             self.file(name, content)
         os.makedirs("folder.svg")
         before = {name: self.content(name) for name in os.listdir() if name != "folder.svg"}
         for status, pattern, flags in REFUSALS:
             with self.subTest(flags[:60]):
                 self.assertRefused(status, pattern, flags)
-        for flags in ("--lr", "--save-every", "--arch", "--nonsense", "--resume", "--corpus", "--plot"):
-            status, _, errors = self.main(flags, "7" * 5000)  # at most 100 characters are quoted
-            self.assertEqual((status > 0, errors.count("\n"), "7" * 101 in errors), (True, 1, False), flags)
         self.assertEqual({name: self.content(name) for name in os.listdir() if name != "folder.svg"}, before)
         error = "microgpt: error: --heads 3 does not divide --d-model 16\n"
         self.assertEqual(self.script("--heads 3"), (2, "", error))
@@ -1806,16 +2007,18 @@ class TestCommandLine(Test):
             self.assertEqual((status, errors.count("\n")), (1, 1), errors)
             self.assertRegex(errors, f"^microgpt: error: .*{pattern}")
 
-    def test_main_leaves_the_process_as_it_was_and_works_in_any_thread(self):
+    def test_main_leaves_the_process_as_it_was(self):
         state = lambda: [gc.isenabled(), *map(signal.getsignal, STOPS)]
         before = state()
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(1) as pool:  # any thread will do
             got = pool.submit(self.main, "--steps 2 --samples 1").result()
         self.assertEqual((got, before), ((0, self.printed("--steps 2 --samples 1"), ""), state()))
+        gc.disable()
+        self.assertEqual((self.main("--heads 3")[0], gc.isenabled()), (2, False))
 
     @needs_posix
     def test_memory_does_not_grow_with_the_steps(self):
-        driver = self.driver("import resource\nstatus = microgpt.main()\n"
+        driver = self.driver("import resource\nstatus = microgpt.main(sys.argv[1:])\n"
                              "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n")
         flags = "--engine scalar --d-model 4 --context 8 --samples 0 --steps"
         few, many = (int(self.script(flags, n, script=driver)[1].split()[-1]) for n in ("20", "150"))
@@ -1823,24 +2026,23 @@ class TestCommandLine(Test):
 
 @needs_posix
 class TestTerminal(Long):
-    def test_progress_and_ctrl_c_are_told_on_a_terminal_alone(self):
+    def test_a_terminal_shows_the_rate_and_what_ctrl_c_does(self):
         terminal, end = os.openpty()
         self.addCleanup(os.close, terminal)
-        with open("out", "wb") as out:
-            process, shown = self.start("--steps 1000000 --plot run.svg", stdout=out, stderr=end), b""
+        env = {"COLUMNS": "100", "PYTHONUNBUFFERED": ""}
+        process, shown = self.start("--steps 1000000", stdout=end, stderr=end, stdin=end, env=env), b""
         os.close(end)
-        while not re.search(rb"\d steps/s, \d+ s left", shown):
+        while shown.count(b"| loss") < 9:
             shown += os.read(terminal, 10000)
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(OSError):  # nobody is at the other end any more
             while more := os.read(terminal, 10000):
                 shown += more
         self.assertEqual(process.wait(), 130)
-        self.assertNotIn(b"steps/s", self.content("out"))
-        lines = shown.decode().splitlines()
+        lines = re.split("[\r\n]+", shown.decode())
+        self.assertRegex(lines[8], r"^step +\d+ / 1000000 \| loss \d\.\d{4} \| \S+ steps/s, .* left *$")
         self.assertIn("microgpt: finishing this step; a second time ends at once", lines)
-        self.assertEqual(lines[-1], "microgpt: interrupted; nothing was saved")
-        self.assertIn("loss", Picture(self.content("run.svg").decode()).curves)
+        self.assertIn("microgpt: interrupted; nothing was saved", lines)
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
     def test_a_full_disk_behind_the_output_is_one_line(self):
@@ -1869,6 +2071,636 @@ class TestTerminal(Long):
 
 # README ---------------------------------------------------------------------------------------------------
 
+# Wherever Python is run, and on the second day --------------------------------------------------------------
+
+class Plain:
+    """A standard output like IDLE's or a notebook's: it can write and flush, and nothing else."""
+    def __init__(self): self.text = ""
+    def write(self, text): self.text += text
+    def flush(self): pass
+
+class TestAnywhere(Long):
+    """The program where the process, its output, or its terminal is not as on a command line."""
+    def state(self):
+        return [gc.isenabled(), *map(signal.getsignal, STOPS), threading.enumerate(),
+                multiprocessing.active_children(), sys.stdout, sys.stderr, list(microgpt.tape)]
+
+    def cell(self, run, argv=()):
+        """Call run() as a notebook does. Returns its exit status (None: it just ended), and what it printed."""
+        out, errors, before, status = Plain(), Plain(), self.state(), None
+        process, ends = os.getpid(), os._exit  # workers may end
+        def end(code): self.fail("it ends the process") if os.getpid() == process else ends(code)
+        patches = (unittest.mock.patch("sys.argv", [SCRIPT, *argv]), contextlib.redirect_stdout(out),
+                   contextlib.redirect_stderr(errors), unittest.mock.patch("os._exit", end))
+        with contextlib.ExitStack() as stack:
+            for patch in patches:
+                stack.enter_context(patch)
+            try:
+                run()
+            except SystemExit as error:
+                status = error.code
+        self.assertEqual(self.state(), before)
+        return status, out.text, errors.text
+
+    def pasted(self):
+        """The file as a cell of a notebook, where it has no name; only with three steps."""
+        with open(SCRIPT, encoding="utf-8") as file:
+            source = file.read().replace("default=1000", "default=3")
+        return exec, compile(source, "cell", "exec"), {"__name__": "__main__"}
+
+    def rerun(self): return runpy.run_path(SCRIPT, run_name="__main__")
+
+    def test_a_notebook_or_idle_runs_it_and_lives_on(self):
+        flags = "--steps 3 --samples 2"
+        wanted = (None, self.printed(flags), "")
+        self.assertEqual(self.cell(self.rerun, flags.split()), wanted)
+        if hasattr(os, "fork"):
+            status, out, errors = self.cell(self.rerun, f"{flags} --workers 2 --batch-size 2".split())
+            self.assertEqual((status, errors, out.count("\r")), (None, "", 3))
+        call, *pasted = self.pasted()
+        wanted = (None, self.printed("--steps 3"), "")
+        self.assertEqual(self.cell(lambda: call(*pasted), ["-f", "kernel.json"]), wanted)
+        with ThreadPoolExecutor(1) as pool:  # where no handler can be set
+            pool.submit(int).result()
+            self.assertEqual(self.cell(lambda: pool.submit(call, *pasted).result()), wanted)
+
+    def test_an_error_ends_the_cell_and_not_the_process(self):
+        line = "microgpt: error: --heads 3 does not divide --d-model 16\n"
+        self.assertEqual(self.cell(self.rerun, ["--heads", "3"]), (2, "", line))
+        os.remove("input.txt")
+        call, *pasted = self.pasted()
+        status, out, errors = self.cell(lambda: call(*pasted))
+        self.assertEqual((status, out), (1, ""))
+        self.assertRegex(errors, r"^microgpt: error: cannot read [^\n]*input\.txt: No such file or directory\n$")
+
+    def test_a_window_of_idle_gets_lines_and_no_codes(self):
+        with unittest.mock.patch.dict(sys.modules, idlelib=types.ModuleType("idlelib")):
+            _, out, _ = self.cell(self.rerun, "--steps 30 --samples 1 --val-fraction 0.1".split())
+        self.assertNotRegex(out, "[\r\x1b]")
+        self.assertEqual(len(re.findall(r"^step +\d+ / +30 \| loss \d\.\d{4}$", out, re.M)), 30)
+
+    def test_main_without_arguments_is_the_default_run(self):
+        self.addCleanup(microgpt.FLAGS.set_defaults, steps=1000)
+        wanted = self.printed("--steps 3")
+        microgpt.FLAGS.set_defaults(steps=3)
+        self.assertEqual(self.cell(lambda: self.assertEqual(microgpt.main(), 0), ["-f", "x"]), (None, wanted, ""))
+
+    def test_an_interrupted_call_leaves_nothing_to_the_next(self):
+        model, rng = microgpt.GPT(5, n_embd=4), random.Random(1)
+        weights = model.initial_weights(rng)
+        for engine in microgpt.Matrix, microgpt.FastTensor:
+            wanted = microgpt.loss_and_grads(model, weights, [[0, 1, 2]], engine)
+            for name in "relu", "cross_entropy", "attention":
+                with unittest.mock.patch.object(engine, name, side_effect=KeyboardInterrupt):
+                    with self.assertRaises(KeyboardInterrupt):
+                        microgpt.loss_and_grads(model, weights, [[3, 4]], engine)
+                self.assertEqual(microgpt.loss_and_grads(model, weights, [[0, 1, 2]], engine), wanted)
+            w = {name: engine.wrap(rows) for name, rows in weights.items()}
+            model.logits(w, [0], [0], model.new_cache())  # whose loss nobody asks for
+            self.assertEqual(microgpt.loss_and_grads(model, weights, [[0, 1, 2]], engine), wanted)
+
+    def test_a_value_left_over_does_not_disturb_explain(self):
+        self.printed("--steps 1 --samples 0 --save run")
+        wanted = self.printed("--resume run --samples 0 --explain emma")
+        microgpt.Value(2.0) * 3
+        self.assertEqual(self.printed("--resume run --samples 0 --explain emma"), wanted)
+
+    @needs_posix
+    def test_an_interrupt_of_a_training_cell_saves(self):
+        update, calls = microgpt.update, []
+        def interrupted(*args):
+            update(*args)
+            calls.append(os.kill(os.getpid(), signal.SIGINT) if len(calls) == 2 else 0)
+
+        with unittest.mock.patch("microgpt.update", interrupted):
+            status, _, errors = self.cell(lambda: sys.exit(microgpt.main(["--save", "run"])))
+        self.assertEqual((status, errors), (130, "microgpt: interrupted; step 3 is saved\n"))
+        self.assertEqual(microgpt.load("run").step, 3)
+
+    def test_a_log_grows_while_the_run_goes_on(self):
+        flags, sizes, end = "--steps 1000000 --batch-size 40", [0], time.monotonic() + self.timeout
+        with open("log", "wb") as log:
+            process = self.start(flags, stdout=log, env={"PYTHONUNBUFFERED": None})
+        while len(sizes) < 5:
+            self.assertLess(time.monotonic(), end)
+            self.assertIsNone(process.poll())
+            sizes += {os.path.getsize("log")} - {sizes[-1]}
+            time.sleep(0.01)
+        self.assertLess(sizes[1], 60, sizes)  # the headers, and at most one loss
+        self.assertLess(sizes[3], 4096, sizes)  # less than a buffer holds
+
+    def test_nothing_but_the_text_of_the_reference_where_there_is_no_terminal(self):
+        out = self.script("--steps 3 --samples 1", env={"PYTHONUNBUFFERED": None})[1]
+        loss, head = r"step +\d / +3 \| loss \d\.\d{4}\r", r"num docs: 60\nvocab size: 26\nnum params: 4160\n"
+        tail = r"\n--- inference \(new, hallucinated names\) ---\nsample  1: [a-z]*\n"
+        self.assertRegex(out, f"^{head}({loss}){{3}}{tail}$")
+
+    @needs_posix
+    def test_narrow_terminals_get_one_line_without_codes(self):
+        import fcntl, termios
+        for columns, flags in (40, ""), (60, ""), (40, "--val-fraction 0.2 --eval-every 20"), (100, "--arch gpt2"):
+            terminal, end = os.openpty()
+            fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+            process = self.start(f"--steps 40 --samples 2 {flags}", stdout=end, stderr=end, env={"COLUMNS": None})
+            os.close(end)
+            shown = b""
+            with contextlib.suppress(OSError):  # the other end is closed
+                while more := os.read(terminal, 10000):
+                    shown += more
+            os.close(terminal)
+            shown = shown.decode().replace("\r\n", "\n")
+            self.assertEqual((process.wait(), "\x1b" in shown), (0, False))
+            progress = re.findall(r"([^\r\n]*)\r", shown)
+            self.assertEqual((len(progress), {*map(len, progress)}), (40, {columns - 1}))
+            self.assertTrue(all(re.match(r"step +\d+ / +40 \| loss \d\.\d{4}", text) for text in progress))
+            self.assertTrue(columns < 70 or " steps/s, " in progress[-1], progress[-1])
+            told = re.findall(r"^(?:.*\r)?step +\d+ .* on average \| validation \d\.\d{4} *$", shown, re.M)
+            self.assertEqual(len(told), 2 if flags.startswith("--val") else 0, shown[-500:])
+
+    def test_explain_shades_in_what_the_encoding_has(self):
+        self.printed("--steps 2 --samples 0 --save run")
+        for encoding, shades in {"utf-8": "·░▒▓█", "cp1252": ".:+%#", "latin-1": ".:+%#", "ascii": ".:+%#"}.items():
+            process = self.start("--resume run --samples 0 --explain emma", env={"PYTHONIOENCODING": encoding})
+            out = process.communicate()[0].decode(encoding)
+            self.assertEqual((process.returncode, "\\" in out), (0, False))
+            self.assertIn(f"from {shades[0]} under 1/8 to {shades[-1]} over 7/8", out)
+            maps = out.split("7/8")[1].split(" ^emma ^emma")[1].replace("\r", "")
+            self.assertEqual({*maps} - {*" \n^ema"} - {*shades}, set())
+
+    @needs_posix
+    def test_the_start_method_of_other_systems(self):
+        """Workers that are spawned, as on macOS and Windows, do what workers that are forked do."""
+        code = "import multiprocessing\nreal = multiprocessing.get_context\n" \
+               "multiprocessing.get_context = lambda name=None: real('METHOD')\n" \
+               "if __name__ == '__main__':\n    sys.exit(microgpt.main(sys.argv[1:]))\n"
+        wanted = self.printed(flags := "--steps 3 --samples 2 --batch-size 4 --workers 2")
+        for method in "spawn", "forkserver":
+            got = self.script(flags, script=self.driver(code.replace("METHOD", method)))
+            self.assertEqual(got, (0, wanted, ""))
+
+    @needs_posix
+    def test_a_group_signal_while_spawned_workers_start_is_one_line(self):
+        with open(SCRIPT, encoding="utf-8") as file:
+            spawning = self.file("spawning.py", file.read().replace('"fork" if', '"spawn" if'))
+        rng = random.Random(6)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) * 2:
+            process = self.start_run("--batch-size 4 --workers 2 --save run", "params", script=spawning)
+            time.sleep(rng.uniform(0, 0.5))  # any moment will do
+            os.killpg(process.pid, number)
+            errors = process.communicate()[1].decode()
+            self.assertRegex(errors, r"^microgpt: interrupted; (nothing was|step \d+ is) saved\n$")
+            self.assertEqual(process.returncode, 128 + number)
+            with contextlib.suppress(FileNotFoundError):
+                os.remove("run")
+
+    @needs_posix
+    def test_an_interrupt_while_workers_start_ends_the_process(self):
+        """An interrupt that comes as soon as signals are let through again, or while the second one starts."""
+        code = "import multiprocessing, signal\nstart, done = multiprocessing.Process.start, []\n" \
+               "def started(self):\n    start(self)\n    done.append(1)\n" \
+               "    if len(done) == int(sys.argv[1]):\n        os.kill(os.getpid(), signal.SIGINT)\n" \
+               "process = multiprocessing.get_context('fork').Process\nprocess.start, start = started, process.start\n" \
+               "sys.exit(microgpt.main(sys.argv[2:]))\n"
+        for n in "12":
+            flags = f"{n} --steps 100000 --workers 2 --batch-size 2 --samples 0"
+            status, _, errors = self.script(flags, script=self.driver(code))
+            self.assertEqual((status, errors), (130, "microgpt: interrupted; nothing was saved\n"))
+
+    @needs_posix
+    def test_signals_of_other_systems_save(self):
+        process = self.start_run("--save run")
+        process.send_signal(signal.SIGXCPU)
+        self.assertSaved(process, 128 + signal.SIGXCPU, "interrupted;")
+        code = "import signal\nsignal.SIGBREAK = signal.SIGUSR2\nimport importlib\n" \
+               "importlib.reload(microgpt)\nsys.exit(microgpt.main(sys.argv[1:]))\n"
+        process = self.start_run("--save run", script=self.driver(code))
+        process.send_signal(signal.SIGUSR2)
+        self.assertSaved(process, 128 + signal.SIGUSR2, "interrupted;")
+
+    @needs_posix
+    def test_a_terminal_that_closes_hangs_up_more_than_once(self):
+        self.file("input.txt", "b" * 149)
+        for number in signal.SIGHUP, signal.SIGXCPU:  # a limit of time tells once a second
+            process = self.start_run("--engine scalar --context 150 --save run", "step +1 ")
+            process.send_signal(number)
+            time.sleep(0.01)  # much less than a step takes
+            process.send_signal(number)
+            self.assertEnds(process, 128 + number, r"interrupted; step \d+ is saved")
+            os.remove("run")
+
+    @unittest.skipUnless(os.path.exists("/proc/self"), "needs processes in /proc")
+    def test_workers_end_with_a_parent_that_is_killed(self):
+        process = self.start_run("--batch-size 4 --workers 2")
+        with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+            workers = list(map(int, file.read().split()))
+        process.kill()
+        process.wait()
+        end = time.monotonic() + 20
+        while left := [pid for pid in workers if alive(pid)]:
+            if time.monotonic() > end:
+                for pid in left:
+                    os.kill(pid, signal.SIGKILL)
+                self.fail(f"{len(left)} workers are left over")
+            time.sleep(0.01)
+
+    @needs_posix
+    def test_descriptors_used_up_are_one_line(self):
+        for n in 9, 12:
+            flags = "--steps 5 --batch-size 8 --workers 8 --save run"
+            status, _, errors = self.script(flags, preexec_fn=limit("RLIMIT_NOFILE", n))
+            self.assertEqual(status, 1)
+            self.assertRegex(errors, "^microgpt: error: cannot start the workers: Too many open files; nothing was saved\n$")
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+class TestLibrary(Test):
+    NAMES = ["emma", "anna", "otto", "hanna", "ada", "mona"]
+
+    def learned(self, docs=NAMES, **settings):
+        with contextlib.redirect_stdout(io.StringIO()):
+            return microgpt.learn(docs, **{"steps": 20, "n_embd": 8, "seed": 1, **settings})
+
+    def test_probabilities_and_losses_are_those_of_the_model_by_hand(self):
+        for settings in {}, {"merges": 3, "n_layer": 2}, {"arch": "gpt2"}:
+            run = self.learned(**settings)
+            got, ids = run.probabilities("em"), [run.tokenizer.bos, *run.tokenizer.encode("em")]
+            self.assertEqual(list(got), [*run.tokenizer.tokens, ""])
+            self.assertAlmostEqual(sum(got.values()), 1, 12)
+            w = {name: microgpt.Matrix.wrap(rows) for name, rows in run.weights.items()}
+            row = run.model.logits(w, ids, range(len(ids)), run.model.new_cache()).data[-1]
+            exps = [math.exp(a) for a in row]
+            for p, e in zip(got.values(), exps):
+                self.assertAlmostEqual(p, e / sum(exps), 12)
+            wanted = microgpt.mean_loss(run.model, w, [[*ids, run.tokenizer.bos]]).data
+            microgpt.tape.clear()
+            self.assertAlmostEqual(run.loss("em"), wanted, 12)
+            one = -math.log(run.probabilities("")[run.tokenizer.tokens[run.tokenizer.encode("e")[0]]])
+            self.assertAlmostEqual(run.loss("e"), (one - math.log(run.probabilities("e")[""])) / 2, 12)
+
+    def test_samples_begin_with_the_prompt_and_repeat_with_the_seed(self):
+        run = self.learned()
+        texts = [[run.generate("ha", temperature=t, rng=random.Random(7)) for t in (0.3, 0.3, 5)] for _ in "ab"]
+        self.assertEqual(texts[0], texts[1])
+        self.assertEqual((texts[0][0], {text[:2] for text in texts[0]}), (texts[0][1], {"ha"}))
+        self.assertNotEqual(texts[0][0], texts[0][2])
+        self.assertLessEqual({*run.generate("e", max_tokens=3)[1:]}, {*"".join(self.NAMES)})
+        self.assertGreater(len({run.generate() for _ in range(10)}), 1)
+        self.assertEqual({run.generate(temperature=0) for _ in range(3)}, {run.generate(top_k=1)})
+
+    def test_a_saved_run_samples_the_same_and_resumes(self):
+        run = self.learned()
+        run.save("run")
+        again = microgpt.load("run")
+        self.assertEqual((again.step, again.weights), (run.step, run.weights))
+        self.assertEqual([again.generate("a") for _ in range(5)], [run.generate("a") for _ in range(5)])
+        self.assertIn("sample  1: ", self.printed("--resume run --samples 1"))
+
+    def test_what_cannot_be_is_a_clear_error(self):
+        run = self.learned(block_size=4)
+        for text in "emma" * 2, "annaa":
+            with self.assertRaisesRegex(microgpt.UserError, "from 1 to 4 tokens, not"):
+                run.probabilities(text)
+        with self.assertRaisesRegex(microgpt.UserError, "without 'z'"):
+            run.generate("z")
+        with self.assertRaisesRegex(microgpt.UserError, "stepz"):
+            self.learned(stepz=5)
+        with self.assertRaises(microgpt.UserError):
+            self.learned(lr=-1)
+
+def years_later(name):
+    """Turn a checkpoint into one of an earlier version, which knew nothing of its corpus and its losses."""
+    tensors, metadata = microgpt.read_safetensors(name)
+    flags = json.loads(metadata["flags"])
+    old = {"--n-layer": "--layers", "--n-embd": "--d-model", "--n-head": "--heads", "--block-size": "--context",
+           "--merges": "--vocab-size"}
+    flags = [flag for flag in flags if not flag.startswith("--corpus")]
+    flags = [old.get(flag.split("=")[0], flag.split("=")[0]) + flag[len(flag.split("=")[0]) :] for flag in flags]
+    metadata = {key: text for key, text in metadata.items() if key not in ("corpus", "losses", "validations")}
+    microgpt.write_safetensors(name, tensors, {**metadata, "flags": json.dumps(flags)})
+
+NOT_TODAY = [  # status, pattern of the one line of error, flags: what a person must not do on the second day
+    (2, "run holds a run of 3 steps.*--resume run", "--save run"),
+    (2, "base holds a run of 3 steps", "--resume run --steps 9 --save base"),
+    (2, "--eps.*'0' must be a number", "--eps 0"), (2, "--prompt.*(--prompt|flag|--flag)=", "--prompt -5+3="),
+    (2, "--seed.*held out", "--resume run --steps 9 --seed 7"),
+    (2, "--val-fraction.*held out", "--resume run --steps 9 --val-fraction 0.5"),
+    (2, "needs a new --save", "--resume run --steps 9 --corpus other.txt"),
+    (2, "(needs a new --save|two purposes)", "--resume run --steps 9 --corpus other.txt --save ./run"),
+    (2, "has made its 3 steps; --steps", "--resume run --corpus other.txt --save new"),
+    (1, r"without 'é' \(U\+00E9\)", "--prompt e\u0301\u00e9"), (1, r"without '\u0301' \(U\+0301\)", "--prompt e\u0301"),
+    (1, r"without '\\u200b' \(U\+200B\)", "--prompt \u200b"), (1, "UTF-16", "--corpus wide.txt"),
+    (2, "--workers.*below", "--workers 100000 --batch-size 100000"),
+    (1, "cannot write pipe", "--save pipe"), (1, "cannot write pipe", "--trace pipe.jsonl"),
+    (1, "cannot write n+: File name too long", f"--save {'n' * 256}"),
+    (2, "writable folder", "--save nowhere/run"), (1, "cannot write folder", "--save folder"),
+    *[(2, "two purposes", flags) for flags in (
+        "--save a.svg --plot a.svg", "--save a.jsonl --trace ./a.jsonl", "--corpus other.txt --save link.txt",
+        "--corpus c.svg --plot c.svg", "--corpus c.jsonl --trace c.jsonl", "--resume r.svg --plot r.svg",
+        "--resume r.jsonl --steps 5 --trace r.jsonl", "--resume run --steps 9 --save hard/../run")],
+    *[(2, "holds something else", flags) for flags in (
+        "--trace c.jsonl", "--plot c.svg", "--plot r.svg", "--trace r.jsonl", "--plot hidden.svg")],
+    (1, r"cannot read list: it is no", "--resume list"), (1, r"cannot read .*\\x1b\[2J\\n: No such", "--corpus \x1b[2J\n"),
+    (1, r"its matrices|bad|\\x1b\[2J", "--resume hostile"),
+]
+
+class TestSecondDay(Long):
+    """What a second command does to the work of the first."""
+    def svg_points(self, name="run.svg"):
+        text = self.content(name).decode()
+        return [curve.split() for curve in re.findall(r'<g class="\w+"><polyline points="([^"]*)"', text)]
+
+    def interrupted(self, flags, step, *more):
+        """Run until an interrupt in a step. Returns what went to standard error."""
+        out = io.StringIO()
+        def write(text):
+            if re.match(rf"step +{step} / +\d+ \| loss [\d.]+$", text):
+                os.kill(os.getpid(), signal.SIGINT)
+            return io.StringIO.write(out, text)
+
+        out.write = write
+        status, _, errors = self.main(flags, *more, out=out)
+        self.assertEqual(status, 130)
+        self.assertRegex(errors, f"microgpt: interrupted; step {step} is saved")
+        return errors
+
+    def test_1_a_run_that_is_there_is_not_replaced(self):
+        self.printed("--steps 4 --samples 0 --save run")
+        content = self.content("run")
+        for more in "", "--steps 2", "--lr 0.1 --corpus input.txt":
+            self.assertRefused(2, "run holds a run of 4 steps: .*--resume run.* another name", f"--save run {more}")
+        self.assertEqual((self.content("run"), sorted(os.listdir())), (content, ["input.txt", "run"]))
+        self.printed("--resume run --save run --steps 6 --samples 0")
+        self.printed("--resume run --save next --steps 7 --samples 0")
+        self.assertEqual([microgpt.load(name).step for name in ("run", "next")], [6, 7])
+
+    def test_2_what_is_there_is_not_replaced_by_a_trace_or_a_plot(self):
+        self.file("corpus.jsonl", corpus := "".join(f'{{"name": "{name}"}}\n' for name in SHIPPED[:9]))
+        self.printed("--steps 2 --samples 0 --save run.svg")
+        checkpoint = self.content("run.svg")
+        for flags in ("--corpus corpus.jsonl --trace corpus.jsonl", "--trace corpus.jsonl",
+                      "--resume run.svg --steps 3 --plot run.svg", "--plot run.svg"):
+            self.assertRefused(2, "", flags)
+        self.assertEqual((self.content("corpus.jsonl"), self.content("run.svg")), (corpus.encode(), checkpoint))
+        flags = "--samples 0 --trace t.jsonl --plot p.svg --save"
+        for name in "ab":  # these can be replaced: they are a trace and a plot
+            self.printed(f"--steps 3 {flags} {name}")
+        self.printed(f"--resume a --steps 6 {flags} a")
+        whole = self.content("t.jsonl").splitlines(True)
+        self.file("t.jsonl", b"".join([*whole[:3], whole[6], whole[3], whole[4]]))  # the line of step 6 too early
+        self.printed("--resume b --steps 5 --samples 0 --trace t.jsonl")
+        self.assertEqual(self.content("t.jsonl").splitlines(True)[:3], whole[:3])
+        self.assertEqual([line["step"] for line in self.trace("t.jsonl")], [1, 2, 4, 5])
+
+    def test_2_each_line_of_a_trace_is_json(self):
+        with unittest.mock.patch("microgpt.norm", lambda grads: math.inf):
+            self.printed("--steps 2 --samples 0 --trace t.jsonl")
+        for line in self.content("t.jsonl").splitlines():
+            json.loads(line, parse_constant=self.fail)
+
+    def test_3_a_run_knows_its_corpus_in_any_folder(self):
+        self.printed("--steps 4 --samples 0 --save default")
+        self.printed("--corpus input.txt --steps 4 --samples 0 --save named")
+        os.makedirs("elsewhere")
+        os.chdir("elsewhere")
+        self.file("input.txt", "zz\n")
+        for name in "default", "named":
+            self.assertIn("num docs: 60\n", self.printed(f"--resume ../{name} --steps 6 --samples 0"))
+        os.chdir("..")
+        os.rename("input.txt", "a.txt")
+        self.assertRefused(1, "cannot read .*input.txt: No such file", "--resume default --steps 8")
+        os.rename("a.txt", "input.txt")
+        for text, note in ("\n".join(SHIPPED[:61]), r"\(60 documents\).*\(61 documents\)"), \
+                          ("\n".join(SHIPPED[1:61]), r"\(60 documents\).*\(60 documents\)"):
+            self.file("input.txt", text)
+            status, _, errors = self.main(f"--resume default --steps 6 --samples 0")
+            self.assertEqual((status, errors), (0, ""))  # nothing is read
+            status, _, errors = self.main(f"--resume named --steps 8 --samples 0 --save {hash(text)}")
+            self.assertEqual((status, errors.count("\n")), (0, 1), errors)
+            self.assertRegex(errors, f"^microgpt: note: .*input.txt {note}")
+
+    def test_3_what_was_held_out_is_not_trained_on(self):
+        self.printed("--steps 3 --samples 0 --val-fraction 0.2 --div-warn 1e9 --save run")
+        for more in "--seed 7", "--val-fraction 0.5", "--val-fraction 0", "--seed 7 --corpus input.txt":
+            self.assertRefused(2, "held out", f"--resume run --steps 6 {more}")
+        self.file("other.txt", "\n".join(SHIPPED[:50]))
+        flags = "--resume run --steps 6 --corpus other.txt --seed 7 --val-fraction 0 --samples 0 --save tuned"
+        self.assertEqual(self.main(flags)[0], 0)
+        self.assertEqual((microgpt.load("run").step, microgpt.load("tuned").step), (3, 6))
+
+    def test_3_fine_tuning_leaves_the_base_and_says_what_it_cannot_read(self):
+        self.printed("--steps 3 --samples 0 --save base")
+        content, tune = self.content("base"), "--resume base --corpus other.txt --samples 0"
+        self.file("other.txt", "ana\nÉva\neva É\n")
+        self.assertRefused(2, "has made its 3 steps", f"{tune} --save new")
+        self.assertRefused(2, "save", f"{tune} --steps 5")
+        self.assertRefused(2, "save", f"{tune} --steps 5 --save base")
+        status, _, errors = self.main(f"{tune} --steps 5 --save new --trace t.jsonl")
+        self.assertEqual((status, errors.count("\n"), self.content("base")), (0, 1, content))
+        self.assertRegex(errors, "note: .*input.txt.*other.txt.*without ' ', 'É', so 3 characters are left out\n")
+        self.assertLessEqual({line["documents"][0] for line in self.trace("t.jsonl")}, {"ana", "va", "eva"})
+        self.file("other.txt", "ÉÉ\n☃\n")
+        for more in "", "--stream --context 2":
+            if more:
+                self.printed(f"--steps 3 --samples 0 --save base2 {more}")
+            base = "base2" if more else "base"
+            status, out, errors = self.main(f"--resume {base} --corpus other.txt --steps 5 --samples 0 --save x")
+            self.assertEqual((status, "step  " in out), (1, False), errors)
+
+    def test_3_old_checkpoints_resume_with_one_note(self):
+        always = "--steps 8 --samples 2 --cosine --d-model 8 --heads 2 --context 12 --vocab-size 5"
+        whole = self.printed(f"{always} --save whole")
+        self.interrupted(f"{always} --save run", 5)
+        years_later("run")
+        status, out, errors = self.main("--resume run")
+        self.assertEqual((status, errors.count("\n"), out[-99:]), (0, 1, whole[-99:]), errors)
+        self.assertRegex(errors, "^microgpt: note: .*unknown")
+        self.assertEqual(*(microgpt.load(name).weights for name in ("run", "whole")))
+        self.printed("--resume run --steps 9")  # now it knows
+
+    def test_4_sampling_needs_no_corpus(self):
+        for flags in "", "--stream --merges 9", "--val-fraction 0.1 --div-warn 1e9":
+            self.printed(f"{flags} --steps 3 --samples 0 --save run")
+            os.rename("input.txt", "away")
+            with unittest.mock.patch("microgpt.learn_merges", side_effect=AssertionError):
+                for more in "", "--steps 0", "--explain emma", "--plot a.svg", "--seed 7 --prompt em":
+                    self.assertIn("\nsample  1: ", self.printed(f"--resume run --samples 1 {more}"))
+            os.rename("away", "input.txt")
+            os.remove("run")
+
+    @unittest.skipUnless(os.path.exists("/dev/stdin"), "needs /dev/stdin")
+    def test_4_a_corpus_that_was_a_pipe(self):
+        reader, writer = os.pipe()
+        os.write(writer, b"ab\nc\n")
+        os.close(writer)
+        flags = "--corpus /dev/stdin --steps 2 --samples 0 --save run"
+        self.assertEqual(self.script(flags, stdin=reader)[::2], (0, ""))
+        os.close(reader)
+        self.assertIn("sample  1: ", self.printed("--resume run --samples 1"))
+
+    def test_5_documents_that_are_cut_are_told(self):
+        self.file("long.txt", "abcd\nabcde\nabcdef\n")  # and an end, which is a token, too
+        self.file("one.txt", "acgt" * 9)
+        for flags, note in (
+            ("--corpus long.txt --context 5", "2 of 3 documents are longer than --context 5"),
+            ("--corpus long.txt --context 3", "3 of 3 documents are longer"), ("--corpus long.txt --context 7", ""),
+            ("--corpus long.txt --context 3 --stream", ""), ("--corpus one.txt", "1 of 1 documents .*--stream"),
+        ):
+            status, _, errors = self.main(f"{flags} --steps 1 --samples 0")
+            self.assertEqual((status, errors.count("\n")), (0, note != ""), errors)
+            self.assertRegex(errors, f"^microgpt: note: {note}" if note else "^$")
+
+    def test_6_copies_of_a_document_stand_on_one_side(self):
+        docs = SHIPPED[:40] * 3 + SHIPPED[40:60]
+        self.file("input.txt", "\n".join(docs))
+        calls, validate = [], microgpt.validate
+        with unittest.mock.patch("microgpt.validate", lambda run, held: calls.append(held) or validate(run, held)):
+            self.printed("--val-fraction 0.3 --steps 140 --div-warn 1e9 --samples 0 --save run --trace t.jsonl")
+        trained = {tuple(ids) for line in self.trace("t.jsonl") for ids in line["tokens"]}
+        self.assertTrue(calls[0])
+        self.assertEqual(trained & {*map(tuple, calls[0])}, set())
+        self.file("input.txt", "ab\n" * 100)  # nothing is left that could be held out
+        status, out, errors = self.main("--val-fraction 0.3 --steps 3 --samples 0")
+        self.assertTrue(errors or "validation" in out, "it does not validate, and does not say so")
+
+    def test_7_a_plot_shows_the_whole_run(self):
+        flags = "--steps 40 --samples 0 --val-fraction 0.2 --eval-every 10 --div-warn 1e9"
+        self.printed(f"{flags} --save whole --plot whole.svg")
+        self.printed("--resume whole --steps 0 --samples 0 --plot again.svg")
+        self.assertEqual(self.content("again.svg"), self.content("whole.svg"))
+        self.interrupted(f"{flags} --save run --plot run.svg", 25)
+        self.printed("--resume run --plot run.svg")
+        self.assertEqual(self.content("run.svg"), self.content("whole.svg"))
+        self.assertEqual(list(map(len, self.svg_points())), [40, 40, 4])
+
+    def test_7_a_long_run_stays_small(self):
+        with unittest.mock.patch("microgpt.Workers.loss_and_grads", lambda *_: (2.0, {})), \
+             unittest.mock.patch("microgpt.update", lambda *_: None):
+            self.printed("--steps 50000 --save-every 49999 --samples 0 --save run --d-model 2 --heads 1 --context 3",
+                         "--corpus", self.file("a.txt", "ab"))
+        steps = [step for step, _ in microgpt.load("run").losses]
+        self.assertTrue(1500 < len(steps) < 5000, len(steps))
+        self.assertEqual(len({b - a for a, b in zip(steps, steps[1:])}), 1)
+        self.assertLess(os.path.getsize("run"), 300_000)
+
+    def test_8_text_that_is_none(self):
+        self.file("wide.txt", "emma\nanna\n".encode("utf-16-le"))
+        self.assertRefused(1, "cannot read .*wide.txt: .*UTF-16", "--corpus wide.txt")
+        self.file("odd.txt", "\ufeffanna\n\ufeffotto\n\u200b\n\u200b\u200b\nem\ufeffma\n")
+        out = self.printed("--corpus odd.txt --steps 3 --samples 0 --trace t.jsonl")
+        self.assertTrue(out.startswith("num docs: 3\nvocab size: 7\n"), out[:40])
+        self.assertEqual({line["documents"][0] for line in self.trace("t.jsonl")}, {"anna", "otto", "emma"})
+        self.file("1.txt", "ab")
+        self.file("2.txt", "cd\n")
+        self.printed("--corpus 1.txt --corpus 2.txt --stream --context 5 --steps 1 --samples 0 --trace t.jsonl")
+        self.assertEqual(self.trace("t.jsonl")[0]["documents"], ["ab\ncd\n"])
+
+    @needs_posix
+    def test_8_folders_and_links(self):
+        os.makedirs("texts/folder.txt/deeper")
+        self.file("texts/a.txt", "ab\n")
+        self.file("texts/folder.txt/b.txt", "ab\ncd\n")
+        os.symlink("a.txt", "texts/link.txt")
+        os.symlink("..", "texts/folder.txt/up")
+        for pattern, n in ("texts/*.txt", 1), ("texts/**/*.txt", 3), ("texts/**", 3), ("texts/link.txt", 1):
+            out = self.printed("--steps 1 --samples 0 --context 4", f"--corpus={pattern}")
+            self.assertTrue(out.startswith(f"num docs: {n}\n"), (pattern, out[:20]))
+
+    @needs_posix
+    def test_what_is_refused_on_the_second_day(self):
+        for name, content in {"other.txt": "ana\nbob\n", "wide.txt": "ab".encode("utf-16-le"), "c.svg": "ab\nc\n",
+                              "c.jsonl": "ab\nc\n", "hidden.svg": "<html>", "list": pack([1, 2], b"")}.items():
+            self.file(name, content)
+        os.makedirs("folder")
+        os.makedirs("hard")
+        os.mkfifo("pipe")
+        os.mkfifo("pipe.jsonl")
+        os.symlink("other.txt", "link.txt")
+        for name in "run", "base", "r.svg", "r.jsonl":
+            self.printed(f"--steps 3 --samples 0 --val-fraction 0.2 --div-warn 1e9 --save {name}")
+        tensors, metadata = microgpt.read_safetensors("run")
+        microgpt.write_safetensors("hostile", {**tensors, "\x1b[2J\nstep 5 is saved": [[1.0]]}, metadata)
+        files = [name for name in os.listdir() if os.path.isfile(name)]
+        before = {name: self.content(name) for name in files}, sorted(os.listdir())
+        for status, pattern, flags in NOT_TODAY:
+            with self.subTest(flags[:60]):
+                self.assertRefused(status, pattern, "", *flags.split(" "))
+        self.assertEqual(({name: self.content(name) for name in files}, sorted(os.listdir())), before)
+
+    def test_what_a_name_or_a_checkpoint_says_is_shown_escaped(self):
+        self.file(name := "a\x1b[2J\nmicrogpt: step 5 is saved", "ab\x1b[2Jc\n" * 9)
+        out = self.printed("--steps 3 --samples 9 --temperature 9 --save run --explain", "\x1b[2J", f"--corpus={name}")
+        self.assertNotIn("\x1b", out)
+        tensors, metadata = microgpt.read_safetensors("run")
+        for facts in {"corpus": json.dumps({"paths": [name], "documents": "\x1b[2J"})}, {"corpus": "[1]"}, \
+                     {"corpus": '"x"'}, {"losses": '[["x", 1.0]]'}, {"losses": "[[NaN, 1.0]]"}, {"step": '"\x1b"'}, \
+                     {"flags": '["-hh"]'}, {"flags": '["\\u001b[2J"]'}, {"of another program": "{["}:
+            microgpt.write_safetensors("hostile", tensors, {**metadata, **facts})
+            for more in "", "--steps 5 --save new", "--plot a.svg":
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove("new")
+                status, out, errors = self.main(f"--resume hostile --samples 1 {more}")
+                self.assertNotIn("\x1b", out + errors)
+                self.assertLessEqual(errors.count("\n"), 1 + (status > 0), errors)
+                self.assertTrue(status == 0 or errors, facts)
+
+    def test_a_folder_that_cannot_be_written_to_is_refused_before_the_training(self):
+        self.printed("--steps 3 --samples 0 --save run --plot a.svg")
+        with unittest.mock.patch("os.access", lambda path, mode: False):
+            for flags in "--resume run --steps 9", "--plot a.svg", "--save new":
+                self.assertRefused(2, "writable folder", flags)
+
+    def test_a_resumed_run_can_be_tuned(self):
+        self.printed("--steps 3 --samples 0 --save run")
+        for more in "--steps 9", "":
+            status, out, errors = self.main(f"--resume run --autotune --batch-sizes 1,2 --worker-counts 1 {more}")
+            self.assertEqual((status, errors), (0, "") if more else (status, errors))
+            self.assertEqual((status == 0, "--batch-size=" in out), (not errors, not errors))
+        self.assertEqual(self.main("--resume run --autotune --steps 9")[::2], (0, ""))
+
+    @needs_posix
+    def test_many_parts_from_other_folders_are_one_run_to_the_byte(self):
+        rng, choices = random.Random(4), (
+            ["", "--stream", "--val-fraction 0.2 --div-warn 1e9 --eval-every 7"], ["", "--arch gpt2"], ["", "--merges 9"],
+            ["", "--cosine --warmup-steps 5"], ["", "--batch-size 3"], ["", "--clip-grad 1"],
+            [f"--optimizer {name}" for name in microgpt.OPTIMIZERS], ["--seed 42", "--seed 3"])
+        self.file("a.txt", "\n".join(SHIPPED[:40]))
+        for trial in range(4):
+            os.makedirs(f"{trial}/deeper")
+            always = " ".join(rng.choice(each) for each in choices) + " --samples 3 --d-model 8 --context 8"
+            with self.subTest(always):
+                first = f"{always} --steps 40 --corpus a.txt --corpus input.tx?"
+                files = f"--trace {trial}/T.jsonl --plot {trial}/P.svg --save {trial}/R"
+                whole = self.main(f"{first} {files.replace('T', 'w').replace('P', 'w').replace('R', 'w')}")[1]
+                part = files.replace("T.", "p.").replace("P.", "p.").replace("R", "p")
+                steps = sorted(rng.sample(range(1, 40), 8))
+                self.interrupted(f"{first} {part}", steps[0])
+                here = os.getcwd()
+                for step in steps[1:] + [40]:
+                    os.chdir(rng.choice([here, f"{here}/{trial}", f"{here}/{trial}/deeper"]))
+                    files = " ".join(f"--{flag} {os.path.relpath(f'{here}/{trial}/p{end}')}" for flag, end in
+                                     (("trace", ".jsonl"), ("plot", ".svg"), ("resume", "")))
+                    if step < 40:
+                        self.interrupted(files, step)
+                    else:
+                        status, out, errors = self.main(files)
+                    os.chdir(here)
+                self.assertEqual((status, out.split("---")[-1]), (0, whole.split("---")[-1]))
+                for end in "", ".jsonl", ".svg":
+                    self.assertTrue(self.content(f"{trial}/p{end}") == self.content(f"{trial}/w{end}"), end)
+
+    def test_the_seed_given_again_is_no_other_run(self):
+        whole = self.printed("--seed 5 --steps 9 --samples 3 --save whole")
+        self.interrupted("--seed 5 --steps 9 --samples 3 --save run", 4)
+        self.assertEqual(self.printed("--seed 5 --resume run").split("---")[-1], whole.split("---")[-1])
+        self.assertEqual(self.content("run"), self.content("whole"))
+
+# Its numbers take minutes to check, all of them: python test_microgpt.py readme. The tests are the quick ones.
+
 def readme_commands():
     """Each command of the README as a list of words, and the lines that it shows below it."""
     text = read(README).replace("\\\n", "")
@@ -1884,70 +2716,40 @@ EXERCISES = {  # number -> edits of the source, flags
     1: ([], ["--heads 1", "--heads 1 --steps 4000 --eval-every 4000", "--steps 4000 --eval-every 4000"]),
     2: ([("x = x + found.linear(", "x = found.linear("), ("x = x + hidden.linear(", "x = hidden.linear(")],
         ["", "--layers 4"]),
-    3: ([('+ w["wpe"].embed(positions)             #', '+ w["wpe"].embed([0] * len(ids))  #')],
+    3: ([('+ w["wpe"].embed(positions)            #', '+ w["wpe"].embed([0] * len(ids))  #')],
         ["", "--steps 4000 --eval-every 4000"]),
     4: ([], ["--temperature 0.1", "--temperature 2"]),
     5: ([], ["--optimizer sgd", "--optimizer sgd --lr 0.3", "--optimizer sgd --lr 1"]),
     6: ([], ["--val-fraction 0.99 --eval-every 4000 --steps 4000"]),
     7: ([("rng.shuffle(docs)\n    whole", "docs.sort()\n    whole")], [""]),
     8: ([("rng.gauss(0, 0.08)", "rng.gauss(0, 0.0)")], [""]),
-    9: ([
-        ("probabilities(row[: past + t + 1])", "probabilities(row)"),
-        ("ps.append([row + [0.0] * (past + len(scores) - len(row)) for row in shares])", "ps.append(shares)"),
-    ], [""]),
+    9: ([("probabilities(row[: len(row) - n]) + [0.0] * n", "probabilities(row)")], [""]),
 }
 
 MISTAKES = [  # each of the porting section, in its order: what of part one is replaced, and by what
-    [("            values.append(v.rows[t])\n", "            values.append(v.rows[t])\n"
-      "        for t, (keys, values) in enumerate(caches):\n")],
+    [("for q_row, k_row, v_row, position in zip(self.rows, k.rows, v.rows, positions):\n"
+      "            cache.append((k_row, v_row))\n            seen = cache[-1 - position :]",
+      "cache += zip(k.rows, v.rows)\n        for q_row in self.rows:\n            seen = cache")],
     [("normed = x.rmsnorm()", "normed = x")],
     [("hidden = x.rmsnorm()", "hidden = x")],
     [('x.linear(w["lm_head"])', 'x.rmsnorm().linear(w["lm_head"])')],
     [("    x = x.rmsnorm()", "    x = x")],
     [("x = x + found", "x = normed + found")],
-    [(" / math.sqrt(size) for key in keys", " for key in keys")],
+    [(" / math.sqrt(len(query)) for key in keys", " for key in keys")],
     [("n_head: int = 4", "n_head: int = 1")],
-    [("slice(start, start + size)", "slice(start // size, None, n_head)")],
+    [("[key[head] for", "[key[start // size :: n_head] for"), ("q_row[head]", "q_row[start // size :: n_head]")],
     [("q.attention(k, v,", "k.attention(q, v,")],
     [("add_up(losses) / len(losses)", "add_up(losses) / 16")],
     [("add_up(losses) / len(losses)", "add_up(losses)")],
     [("tokenizer.encode(doc) + [tokenizer.bos]", "tokenizer.encode(doc)")],
     [("beta1 ** (step + 1)", "beta1 ** (step + 2)"), ("beta2 ** (step + 1)", "beta2 ** (step + 2)")],
-    [("value.grad += slope", "value.grad = slope")],
+    [("grad += slope", "grad = slope")],
     [("(other.data, self.data))", "(other.data, 0.0 if self is other else self.data))")],
     [("(1.0 if self.data > 0 else 0.0,)", "(1.0,)")],
     [("        adam(weights, grads,",
       "        total = grads if step == 0 else {name: [[a + b for a, b in zip(x, y)] "
       "for x, y in zip(total[name], rows)] for name, rows in grads.items()}\n        adam(weights, total,")],
 ]
-
-class Words(dict):
-    """The words of MT19937, as the porting section speaks of them."""
-    def __getitem__(self, i): return super().__getitem__(i % 624)
-    def __setitem__(self, i, word): super().__setitem__(i % 624, word % 2**32)
-
-def outputs(formulas):
-    """The outputs of MT19937, seeded with 42, by the formulas of the porting section."""
-    state = {"s": Words()}
-    begin, fill, mix, mix_back, wrap, end, pair, renew, *temper = [compile(f, f, "exec") for f in formulas]
-    exec(begin, state)
-    for i in range(1, 624):
-        exec(fill, state, {"i": i})
-    for k in range(624 + 623):
-        exec(mix if k < 624 else mix_back, state, {"i": k % 623 + 1})
-        if k % 623 == 622:
-            exec(wrap, state)
-    exec(end, state)
-    while True:
-        for i in range(624):
-            state["i"] = i
-            exec(pair, state)
-            exec(renew, state)
-        for i in range(624):
-            state["y"] = state["s"][i]
-            for formula in temper:
-                exec(formula, state)
-            yield state["y"]
 
 @unittest.skipUnless(os.path.exists(README), "needs README.md beside the tests")
 class TestReadme(Test):
@@ -1973,78 +2775,69 @@ class TestReadme(Test):
             source = source.replace(old, new)
         return source
 
-    def test_every_command_runs(self):
+    def numbers(self):
+        """The numbers of the porting section, to many digits, outside of what describes the generator."""
+        text = re.sub("`[^`]*`", "", self.section("Porting").split("Python's random generator")[0])
+        return [float(n.replace(",", "")) for n in re.findall(r"-?\d+\.\d{7,}|\d\d,\d{3}", text)]
+
+    def assertTold(self, wanted):
+        told = self.numbers()
+        for i, number in enumerate(wanted):
+            near = min(told, key=lambda each: abs(each - number))
+            self.assertAlmostEqual(near, number, 10, i)
+
+    def first_losses(self, source, n):
+        """The first n losses of the default run, by such a part one."""
+        port, out = types.ModuleType("port"), []
+        short = [("in range(steps)", f"in range({n})"), ("in range(20)", "in ()")]
+        with unittest.mock.patch.dict(sys.modules, port=port):  # where dataclasses look for it
+            exec(self.edited(short, source), vars(port))
+        loss_and_grads = port.loss_and_grads
+
+        def recorded(*args):
+            result = loss_and_grads(*args)
+            out.append(result[0])
+            return result
+
+        port.loss_and_grads = recorded
+        with contextlib.redirect_stdout(io.StringIO()):
+            port.train_and_sample()
+        return out
+
+    def test_every_command_is_one(self):
         commands = list(readme_commands())
         self.assertGreater(len(commands), 9)
-        for i, (flags, _) in enumerate(commands, 2):
-            short = f"--samples=1 --steps={i if '--resume' in flags else 2}".split()
-            self.run_command(*flags, *short, *["--warmup-steps=0"] * ("--warmup-steps" in flags))
+        for flags, _ in commands:
+            if "--help" not in flags:
+                microgpt.FLAGS.parse_args(flags)
 
     def test_the_snippets_name_the_matrices_that_there_are(self):
-        text, config = self.section("Taking the weights elsewhere"), Config(27)
-        table, first, second = text.split("```python\n")
+        table, first, second = self.section("Taking the weights elsewhere").split("```python\n")
         for snippet in (first, second):
             compile(snippet.split("```")[0], "README.md", "exec")
         named = set(re.findall(r"[`.]((?:ln|attn|mlp|lm|w[tp])\w+)`", table))
-        for shapes in (microgpt.shapes(config), microgpt.gpt2_shapes(config)):
-            self.assertLessEqual({name.replace("layer0.", "").split(".")[0] for name in shapes}, named)
+        for kind in (GPT, GPT2):
+            self.assertLessEqual({name.replace("layer0.", "").split(".")[0] for name in kind(27).shapes()}, named)
 
-    def test_the_numbers_for_porting_are_those_of_the_shipped_names(self):
-        lines = self.run_command(*"--explain emma --samples 5 --trace run.jsonl --save run".split())
-        for line in self.section("What you see").split("```\n")[1].splitlines():
-            self.assertIn(line, lines)
-        explained = next(shown for flags, shown in readme_commands() if "--explain" in flags)
-        self.assertEqual(explained, lines[-len(explained) :])
-        trace, porting = self.trace(), self.section("Porting")
+    def test_the_first_numbers_for_porting(self):
         a, b = Value(2.0), Value(-3.0)
         y = ((a * b + a**2).exp() + 1).log() / b
-        microgpt.backward(y)
-        step_1, *steps = [trace[step - 1]["loss"] for step in (1, 2, 3, 10, 1000)]
-        wanted = [y.data, a.grad, b.grad, step_1, trace[0]["gradient_norm"], *steps]
-        weights = microgpt.initial_weights(Config(27), random.Random(42)).items()
-        microgpt.mean_loss(Config(27), {n: Matrix.wrap(rows) for n, rows in weights}, trace[0]["tokens"])
-        wanted.append(len(microgpt.tape))
-        microgpt.tape.clear()
-        for flags in ("--batch-size 3", "--arch gpt2"):
-            self.run_command(*flags.split(), *"--steps 1 --trace other.jsonl".split())
-            wanted.append(self.trace("other.jsonl")[0]["loss"])
-        wanted += self.draws(porting)
-        text = re.sub("`[^`]*`", "", porting.replace(porting.split("\n\n")[5], ""))
-        told = [float(n.replace(",", "")) for n in re.findall(r"-?\d+\.\d{7,}|\d{10}|\d\d,\d{3}", text)]
-        self.assertEqual(len(told), len(wanted))
-        for i, (number, right) in enumerate(zip(told, wanted)):
-            self.assertAlmostEqual(number, right, 10, i)
-        samples = [line.split(": ")[1] for line in lines if line.startswith("sample")]
-        self.assertIn("{}, {}, {}, {} and {}".format(*samples), porting)
-        greedy = re.findall(r"^\| `(--temperature 0.*?)` \| each sample: (\w+)", porting, re.M)
-        for more, (flags, name) in zip(("--resume run --steps 0", ""), greedy):
-            got = self.run_command(*f"{flags} {more} --samples 1".split())[-1]
-            self.assertEqual(got, f"sample  1: {name}")
-        self.assertEqual(len(greedy), 2)
-
-    def draws(self, porting):
-        """Outputs 1 to 3 after the weights, the first u, outputs 488 to 490, the 245th u."""
-        formulas = re.findall(r"`((?:s\[[i0]\]|y) \^?= [^`]+)`", porting)
-        out, docs, rng = outputs(formulas), SHIPPED[:], random.Random(42)
-        def u(a, b): return ((a >> 5) * 2**26 + (b >> 6)) / 2**53
-        for i in range(len(docs) - 1, 0, -1):
-            j = i + 1
-            while j > i:
-                j = next(out) >> 32 - (i + 1).bit_length()
-            docs[i], docs[j] = docs[j], docs[i]
-        shuffled = SHIPPED[:]
-        rng.shuffle(shuffled)
-        self.assertEqual(docs, shuffled)
-        weights = iter(flat(microgpt.initial_weights(Config(27), rng)))
-        for pair in zip(weights, weights):
-            u1, u2 = [u(next(out), next(out)) for _ in range(2)]
-            radius = 0.08 * math.sqrt(-2 * math.log(1 - u2))
-            for wave, right in zip((math.cos, math.sin), pair):
-                self.assertAlmostEqual(radius * wave(2 * math.pi * u1), right, 14)
-        self.assertIn(f"{rng.getstate()[1][-1]} after the weights", porting)
-        after = [next(out) for _ in range(490)]
-        self.assertEqual(after, [rng.getrandbits(32) for _ in range(490)])
-        return [*after[:3], u(*after[:2]), *after[487:], u(*after[488:])]
+        y.backward()
+        rng, docs = random.Random(42), SHIPPED[:]
+        rng.shuffle(docs)
+        tokenizer, model = CharTokenizer(docs), GPT(27)
+        batch = [[26, *tokenizer.encode(doc), 26][:17] for doc in docs[:10]]
+        weights = model.initial_weights(rng)
+        w = {name: Matrix.wrap(rows) for name, rows in weights.items()}
+        microgpt.mean_loss(model, w, batch[:1])
+        told = [y.data, a.grad, b.grad, len(tape)]
+        told.append(microgpt.loss_and_grads(model, weights, batch[:3])[0])
+        m, v = microgpt.zeros(weights), microgpt.zeros(weights)
+        for step in range(10):
+            loss, grads = microgpt.loss_and_grads(model, weights, [batch[step]], FastTensor)
+            microgpt.adam(weights, grads, m, v, step, 0.01 * (1 - step / 1000))
+            told += [microgpt.norm(grads)] * (step == 0) + [loss] * (step in (0, 1, 2, 9))
+        self.assertTold(told)
 
     def test_a_mistake_in_a_port_shows_as_it_is_told(self):
         table = re.findall(r"\| (\d) \| (\d+\.\d+) \| [^|]+ (?=\|)", self.section("Porting"))
@@ -2056,25 +2849,6 @@ class TestReadme(Test):
             self.assertEqual(f"{loss:.{len(told.partition('.')[2])}f}", told, edits)
             self.assertEqual(before, right[: len(before)], edits)
 
-    def first_losses(self, source, n):
-        """The first n losses of the default run, by such a part one."""
-        port, out = types.ModuleType("port"), []
-        with unittest.mock.patch.dict(sys.modules, port=port):  # where dataclasses look for it
-            exec(source, vars(port))
-        loss_and_grads = port.loss_and_grads
-
-        def recorded(*args):
-            if len(out) == n:
-                raise StopIteration
-            loss, grads = loss_and_grads(*args)
-            out.append(loss)
-            return loss, grads
-
-        port.loss_and_grads = recorded
-        with contextlib.suppress(StopIteration), contextlib.redirect_stdout(io.StringIO()):
-            port.train_and_sample("input.txt")
-        return out
-
     def test_the_exercises_fit_the_source(self):
         items = re.findall(r"^\| \d \| .*", self.section("Exercises"), re.M)
         self.assertEqual(len(items), len(EXERCISES))
@@ -2085,9 +2859,39 @@ class TestReadme(Test):
             short = "--steps 2 --val-fraction 0.001 --div-warn 1e9 --samples 1 --batch-size 1"
             self.run_command(*runs[-1].split(), *short.split())
 
-    def check_everything(self):
-        """Run every command and every exercise in full, and print what the README does not say."""
-        self.timeout, numbers = 1200, " ".join(self.section("Exercises").split())
+    def check_the_numbers_for_porting(self):
+        lines = self.run_command(*"--explain emma --samples 5 --trace run.jsonl --save run".split())
+        for line in self.section("What you see").split("```\n")[1].splitlines():
+            self.assertIn(line, lines)
+        explained = next(shown for flags, shown in readme_commands() if "--explain" in flags)
+        self.assertEqual(explained, lines[-len(explained) :])
+        told, porting = [self.trace()[-1]["loss"]], self.section("Porting")
+        for flags in ("--batch-size 3", "--arch gpt2"):
+            self.run_command(*flags.split(), *"--steps 1 --trace other.jsonl".split())
+            told.append(self.trace("other.jsonl")[0]["loss"])
+        self.assertTold(told)
+        samples = [line.split(": ")[1] for line in lines if line.startswith("sample")]
+        self.assertIn("{}, {}, {}, {} and {}".format(*samples), porting.replace(", and", " and"))
+        greedy = re.findall(r"^\| `(--temperature 0.*?)` \| each sample: (\w+)", porting, re.M)
+        for more, (flags, name) in zip(("--resume run --steps 0", ""), greedy):
+            got = self.run_command(*f"{flags} {more} --samples 1".split())
+            self.assertIn(f"sample  1: {name}", got)
+        self.assertEqual(len(greedy), 2)
+
+    def check_the_generator_for_porting(self):
+        porting, rng = self.section("Porting"), random.Random(42)
+        rng.shuffle(SHIPPED[:])
+        GPT(27).initial_weights(rng)
+        self.assertIn(f"{rng.getstate()[1][-1]} after the weights", porting)
+        after, text = [rng.getrandbits(32) for _ in range(490)], " ".join(porting.split())
+        for number in [*after[:3], *after[487:]]:
+            self.assertIn(str(number), text)
+        for a, b in (after[:2], after[488:]):
+            self.assertIn(str(((a >> 5) * 2**26 + (b >> 6)) / 2**53), text)
+
+    def check_every_command_and_exercise(self):
+        """Run them in full, and print what the README does not say."""
+        self.timeout, numbers = 3600, " ".join(self.section("Exercises").split())
         for flags, shown in [each for each in readme_commands() if "--help" not in each[0]]:
             lines = list(map(str.rstrip, self.run_command(*flags)))
             other = [f"\n  {line}" for line in shown if line not in lines]
@@ -2106,8 +2910,7 @@ class TestReadme(Test):
 # whole process is timed with little to do and with more: the difference is what the rest costs. Below,
 # step() and what follows return a function that times something, or two of them.
 
-MEDIUM = "--layers 2 --d-model 64 --context 64"
-WINDOWS = f"{MEDIUM} --stream --batch-size 8"
+WINDOWS = "--layers 2 --d-model 64 --context 64 --stream --batch-size 8"
 
 def seconds(work):
     start = time.perf_counter()
@@ -2135,17 +2938,7 @@ def token(engine, samples):
 
 def merges(learn):
     docs, new = characters([(read(SCRIPT) * 4)[:200_000]])
-    return lambda: seconds(lambda: learn(docs[:], 500, new))
-
-def saving():
-    folder = tempfile.TemporaryDirectory()
-    save = f"{MEDIUM} --samples 0 --steps 21 --save {folder.name}/{{0}} --save-every {{0}}"
-    return per(20, lambda every: folder and run(save.format(every)), 1000, 1)
-
-def square(n):
-    gpu, a = vulkan_gemm.VulkanGemm(), normal(random.Random(1), n, n)
-    return [lambda matmuls=matmuls: min(seconds(lambda: matmuls([a], [a])) for _ in range(3))
-            for matmuls in (gpu.matmuls, FastTensor.matmuls)]
+    return lambda: seconds(lambda: learn(docs, 500, new))
 
 BENCHMARKS = [  # what, against what, rounds, and what makes the two functions that time them
     ("a step", "the reference", 5, lambda: (step(), yardstick())),
@@ -2155,11 +2948,8 @@ BENCHMARKS = [  # what, against what, rounds, and what makes the two functions t
      lambda: [step(f"{WINDOWS} --workers {n}", 2) for n in (2, 1)]),
     ("the same in one process with layers of 128, `--vulkan`", "plain Python", 3,
      lambda: [step(f"{WINDOWS} --d-model 128 --engine {name}", 1) for name in ("vulkan", "tensor")]),
-    *[(f"a product of {n} x {n} as by `--vulkan`", "plain Python", 5, lambda n=n: square(n))
-      for n in (16, 64, 256)],
-    ("500 merges of 200 kB", "a recount for each", 3,
-     lambda: [merges(learn) for learn in (microgpt.learn_merges, recount)]),
-    ("a checkpoint of 2 layers of 64", "a step", 5, lambda: (saving(), step(WINDOWS, 1))),
+    ("500 merges of 200 kB", "`learn_merges_slowly`", 3,
+     lambda: [merges(learn) for learn in (microgpt.learn_merges, microgpt.learn_merges_slowly)]),
 ]
 
 def benchmark(rows):
@@ -2185,6 +2975,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["benchmark"]:
         benchmark(sys.argv[2:])
     elif sys.argv[1:] == ["readme"]:
-        unittest.TextTestRunner().run(TestReadme("check_everything"))
+        checks = [TestReadme(name) for name in dir(TestReadme) if name.startswith(("check_", "test_"))]
+        sys.exit(not unittest.TextTestRunner().run(unittest.TestSuite(checks)).wasSuccessful())
     else:
         unittest.main()
