@@ -529,7 +529,7 @@ class Tensor:
     @classmethod  # called as Tensor.wrap(rows), and FastTensor.wrap(rows) makes a FastTensor
     def wrap(cls, rows): return cls(rows)
     def result(self, name, data, rule): return type(self)(data, name, rule)
-    backward = Value.backward
+    backward = Value.backward  # along the same tape
 
     def backprop(self):
         if self.received is not None:  # else the loss does not depend on this result
@@ -571,9 +571,9 @@ class Tensor:
         return self.result("add", add_rows(self.data, other.data), rule)
 
     # In section 4, x = [1, 2] and the weights [3, 4] and [5, 6] gave y = [11, 17]. The 1 went into 11 with
-    # slope 3 and into 17 with slope 5. So for g = [a, b], the gradient of x is [3 a + 5 b, 4 a + 6 b]: dX = g
-    # W. The weight 3 went only into 11, with slope 1, so the gradient of w is [[1 a, 2 a], [1 b, 2 b]], added
-    # up over all rows of x: dW = g^T X.
+    # slope 3 and into 17 with slope 5. So for g = [a, b], the gradient of x is [3 a + 5 b, 4 a + 6 b]: that
+    # is dX = g W. The weight 3 went only into 11, with slope 1. So the gradient of the weights is [1 a, 2 a]
+    # and [1 b, 2 b], added up over all rows of x: dW = g^T X.
     def linear(self, w):
         def rule(g):
             self.receive(self.matmul(g, transpose(w.data), self.data))
@@ -696,7 +696,7 @@ class FastTensor(Tensor):
     """The engine `tensor`: a Tensor with faster products."""
     @staticmethod
     def matmul(rows, columns, where=None):
-        """Return what Tensor.matmul does, with products written out, and zeros left out. With a Sparse `where`,
+        """Return what Tensor.matmul does, with products written out and zeros skipped. If `where` is Sparse,
         compute only what stands in the places of its numbers that are not 0."""
         if isinstance(where, Sparse):
             out, product = [], products(len(rows[0]))
@@ -1801,16 +1801,17 @@ def check(args):
 def check_file(path, start):
     """Refuse a file that cannot be written, or that does not begin as what this program writes there."""
     target = os.path.realpath(path)
-    exists = os.path.exists(target)
     with reporting(f"cannot write {path}"):
-        with open(target, "a+b") as file:
-            file.seek(0)
-            steps = json.loads(read_header(file)[0]["step"]) if exists and not start else 0
+        try:
+            os.stat(target)  # which refuses a name that is too long
+        except FileNotFoundError:
+            return
+        require(os.path.isfile(target), "it is not a file")
+        with open(target, "rb") as file:
+            steps = 0 if start else json.loads(read_header(file)[0]["step"])
             begin = file.read(len(start))
-        if not exists:
-            os.remove(target)
     message = f"{path} holds a run of {steps} steps: go on with --resume {path}, or save under another name"
-    require(start or not exists, message, UsageError)
+    require(start, message, UsageError)
     require(start.startswith(begin), f"{path} holds something else", UsageError)
 
 def on_terminal(): return sys.stdout is sys.__stdout__ and sys.stdout.isatty()  # IDLE's window is none
