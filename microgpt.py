@@ -1511,7 +1511,8 @@ def train(run, docs, held_out, signals):
     except (RuntimeError, OSError, MemoryError):
         if run.step > first:
             run.save()
-        raise
+        if not signals.caught:  # of which a worker can die, too
+            raise
     finally:
         workers.stop()
         if args.plot:
@@ -1630,6 +1631,7 @@ def time_steps(run, docs, engine, size, n):
 def autotune(run, docs, given):
     """Time steps with each engine, batch size, and number of workers, and print the fastest as a command."""
     args, best = run.args, (0,)
+    require(run.step < args.steps, "--autotune needs steps to make", UsageError)
     engines = ["tensor", "vulkan"] if args.engine == "vulkan" else [args.engine]
     say("batch size  workers  engine  tokens/s  all steps")
     for engine, size, n in product(engines, args.batch_sizes, args.worker_counts):

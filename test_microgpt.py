@@ -2390,7 +2390,7 @@ def years_later(name):
 NOT_TODAY = [  # status, pattern of the one line of error, flags: what a person must not do on the second day
     (2, "run holds a run of 3 steps.*--resume run", "--save run"),
     (2, "base holds a run of 3 steps", "--resume run --steps 9 --save base"),
-    (2, "--eps.*'0' must be a number", "--eps 0"), (2, "--prompt.*(--prompt|flag|--flag)=", "--prompt -5+3="),
+    (2, "--eps.*'0' must be a number", "--eps 0"), (2, "--prompt.*(--prompt|flag|--flag)=", "--prompt -x+3="),
     (2, "--seed.*held out", "--resume run --steps 9 --seed 7"),
     (2, "--val-fraction.*held out", "--resume run --steps 9 --val-fraction 0.5"),
     (2, "needs a new --save", "--resume run --steps 9 --corpus other.txt"),
