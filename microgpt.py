@@ -1620,10 +1620,12 @@ def learn(docs, **settings):
 def time_steps(run, docs, engine, size, n):
     """Return the seconds that a step takes, a mean of three, and how many predictions it makes."""
     workers, batch = Workers(n, ENGINES[engine]), next_batch(run, docs, size)
+    def step(): update(run, workers.loss_and_grads(run.model, run.weights, batch)[1])
     try:
-        for i in range(4):
-            begin = time.perf_counter() if i < 2 else begin  # the first step is for warming up
-            update(run, workers.loss_and_grads(run.model, run.weights, batch)[1])
+        step()  # for warming up
+        begin = time.perf_counter()
+        for _ in range(3):
+            step()
         return (time.perf_counter() - begin) / 3, predictions(batch)
     finally:
         workers.stop()

@@ -12,7 +12,7 @@ the command line is run as a person runs it. Two things outside the repository a
 ../shared: the reference's names and what it prints on them; the yardstick, which costs what it costs.
 """
 
-import contextlib, ctypes, gc, inspect, io, json, math, multiprocessing, os, random, re, runpy, shlex, shutil, signal, statistics, struct
+import contextlib, ctypes, gc, io, json, math, multiprocessing, os, random, re, runpy, shlex, shutil, signal, statistics, struct
 import subprocess, sys, tempfile, threading, time, types, unittest, unittest.mock, warnings
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -2481,7 +2481,7 @@ class TestSecondDay(Long):
         for text, note in ("\n".join(SHIPPED[:61]), r"\(60 documents\).*\(61 documents\)"), \
                           ("\n".join(SHIPPED[1:61]), r"\(60 documents\).*\(60 documents\)"):
             self.file("input.txt", text)
-            status, _, errors = self.main(f"--resume default --steps 6 --samples 0")
+            status, _, errors = self.main("--resume default --steps 6 --samples 0")
             self.assertEqual((status, errors), (0, ""))  # nothing is read
             status, _, errors = self.main(f"--resume named --steps 8 --samples 0 --save {hash(text)}")
             self.assertEqual((status, errors.count("\n")), (0, 1), errors)
