@@ -478,7 +478,9 @@ def require(condition, what, error=UserError):
     if not condition:
         raise error(what)
 
-def reason(error): return getattr(error, "strerror", None) or str(error) or "there is not enough memory"
+def reason(error):
+    """Return what to say of an error. That of a system call has a strerror; a MemoryError has no text."""
+    return getattr(error, "strerror", None) or str(error) or "there is not enough memory"
 
 @contextmanager
 def reporting(what):
@@ -489,14 +491,15 @@ def reporting(what):
         raise UserError(f"{what}: {reason(error)}") from None
 
 # 9. The same operations, a matrix at a time ---------------------------------------------------------------
-# Part one puts 38,000 Values on the tape in a step. A Tensor holds the numbers of a whole matrix, so a step
-# puts only 18 Tensors there, one for each operation. In place of slopes, a Tensor has a rule: a function that
-# takes g, the gradient of the result, and passes on the gradients of the inputs. The comment above each
-# operation derives its rule. Names, arguments, and numbers are those of part one, so a model works with
-# either kind of matrix.
+# For a name of eight letters, part one puts 38,000 Values on the tape. A Tensor holds the numbers of a whole
+# matrix, so it takes only 18 Tensors, one for each operation. In place of slopes, a Tensor has a rule: a
+# function that takes g, the gradient of the result, and passes on the gradients of the inputs. The comment
+# above each operation derives its rule. Names, arguments, and numbers are those of part one, so a model works
+# with either kind of matrix.
 #
-# The product of two matrices takes the rows of the first and the columns of the second, and each number in it
-# is the dot product of a row and a column. The columns of W^T are the rows of W: X W^T is matmul(x, w).
+# In the product A B of two matrices, each number is the dot product of a row of A and a column of B. W^T, the
+# transpose of W, has the columns of W as rows, and the rows of W as columns. So linear, the dot products of
+# the rows of X and the rows of W, is the product X W^T, or matmul(x, w). We write dX for the gradient of X.
 
 sumprod = getattr(math, "sumprod", lambda a, b: sum(map(mul, a, b)))  # math has it from Python 3.12 on
 
@@ -513,11 +516,6 @@ def probabilities(scores):
     total = sum(exps)
     return [e / total for e in exps]
 
-def softmax_rule(p, dp):
-    """Return the gradients of rows of scores from the gradients of their probabilities."""
-    sums = [sumprod(x, dx) for x, dx in zip(p, dp)]
-    return [[a * (da - s) for a, da in zip(x, dx)] for x, dx, s in zip(p, dp, sums)]
-
 class Tensor:
     """A matrix: rows of floats in data, and its gradient, of the same shape, in grad. A loss is one float."""
     def __init__(self, data, name=None, rule=None):
@@ -529,7 +527,7 @@ class Tensor:
     @classmethod  # called as Tensor.wrap(rows), and FastTensor.wrap(rows) makes a FastTensor
     def wrap(cls, rows): return cls(rows)
     def result(self, name, data, rule): return type(self)(data, name, rule)
-    backward = Value.backward  # along the same tape
+    backward = Value.backward  # along the same tape; it sets the grad of the loss to 1
 
     def backprop(self):
         if self.received is not None:  # else the loss does not depend on this result
@@ -580,8 +578,9 @@ class Tensor:
             w.receive(self.matmul(transpose(g), transpose(self.data)))
         return self.result("linear", self.matmul(self.data, w.data), rule)
 
-    # y = s x. Raising x[i] by h raises y[i] by s h. It also raises the mean square, which lowers every y[j]
-    # by s h y[i] y[j] / n. So dx[i] = s (g[i] - y[i] (y.g) / n), where y.g is the dot product.
+    # y = s x, where s = 1 / sqrt(mean square). Raising x[i] by h raises y[i] by s h. It also raises the mean
+    # square by 2 x[i] h / n, which lowers s by s^3 x[i] h / n, and so every y[j] by s h y[i] y[j] / n. All
+    # in all, dx[i] = s (g[i] - y[i] (y.g) / n), where y.g is the dot product.
     def rmsnorm(self):
         scales = [(sumprod(row, row) / len(row) + 1e-5) ** -0.5 for row in self.data]
         y = [[a * scale for a in row] for row, scale in zip(self.data, scales)]
@@ -601,12 +600,19 @@ class Tensor:
 
     # For one head of one document of n rows, Q, K, V, Y, and g are n x size, and S and P are n x n:
     #
-    #     S = Q K^T / root    P = softmax of each row of S    Y = P V
+    #     S = Q K^T / sqrt(size)    P = softmax of each row of S    Y = P V
     #
-    # dV = P^T g and dP = g V^T, as in linear. For the softmax, raising s[i] by h raises p[i] by h p[i], and
-    # making the sum 1 again lowers every p[j] by h p[j] p[i]: ds[i] = p[i] (dp[i] - sum of p[j] dp[j]). Then
-    # dQ = dS K / root and dK = dS^T Q / root, as in linear. One call of matmuls makes the products of all
-    # documents and heads, for the sake of the GPU. The rule is for an empty cache, as in training.
+    # Y is linear with P for X and V^T for W. So dP = g V^T, and (dV)^T = g^T P, which is dV = P^T g. For the
+    # softmax, raising s[i] by h raises p[i] by h p[i], and making the sum 1 again lowers every p[j] by
+    # h p[j] p[i]. So ds[i] = p[i] (dp[i] - sum of p[j] dp[j]). Then dQ = dS K / sqrt(size) and
+    # dK = dS^T Q / sqrt(size), as in linear. One call of matmuls makes the products of all documents and
+    # heads, for the sake of the GPU. The rule is for an empty cache, as in training.
+    @staticmethod
+    def softmax_rule(p, dp):
+        """Return dS from P and dP."""
+        sums = [sumprod(x, dx) for x, dx in zip(p, dp)]
+        return [[a * (da - s) for a, da in zip(x, dx)] for x, dx, s in zip(p, dp, sums)]
+
     def attention(self, k, v, n_head, positions, cache):
         size = len(self.data[0]) // n_head
         root = math.sqrt(size)
@@ -616,7 +622,7 @@ class Tensor:
         qs, ks, vs, ps = [], [], [], []  # matrices, one for each document and head
         for rows in documents:
             cache += zip(k.data[rows], v.data[rows])
-            seen = cache[-1 - positions[rows.stop - 1] :]  # with rows of earlier calls, in sampling
+            seen = cache[-1 - positions[rows.stop - 1] :]  # what its last row sees, also of earlier calls
             for head in heads:
                 qs.append([[a / root for a in row[head]] for row in self.data[rows]])
                 ks.append([key[head] for key, _ in seen])
@@ -626,13 +632,13 @@ class Tensor:
             ps.append([probabilities(row[: len(row) - n]) + [0.0] * n for row, n in zip(scores, later)])
 
         def join(parts):  # put the heads of each document side by side
-            documents = [parts[i : i + n_head] for i in range(0, len(parts), n_head)]
-            return [list(chain(*rows)) for document in documents for rows in zip(*document)]
+            groups = [parts[i : i + n_head] for i in range(0, len(parts), n_head)]
+            return [list(chain(*rows)) for group in groups for rows in zip(*group)]
         def rule(g):
             gs = [[row[head] for row in g[rows]] for rows in documents for head in heads]
             dvs = self.matmuls(map(transpose, ps), map(transpose, gs))   # each seen x size
             dps = self.matmuls(gs, vs)                                   # rows x seen
-            dss = list(map(softmax_rule, ps, dps))                       # rows x seen
+            dss = list(map(self.softmax_rule, ps, dps))                  # rows x seen
             dqs = self.matmuls(dss, map(transpose, ks))                  # rows x size
             dks = self.matmuls(map(transpose, dss), map(transpose, qs))  # seen x size; qs is divided by root
             self.receive([[a / root for a in row] for row in join(dqs)])
@@ -642,7 +648,8 @@ class Tensor:
         out.shares = ps  # for --explain
         return out
 
-    # dz = (p - 1 at the target, p elsewhere) / n: log(sum of e^z) has the slopes p, and -z[target] has -1.
+    # The loss of a row of scores z is log(sum of e^z) - z[target]. The first has the slopes p, the second -1.
+    # So with n rows, dz = (p - 1 at the target, p elsewhere) / n.
     def cross_entropy(self, targets):
         loss = 0.0
         for row, target in zip(self.data, targets):
@@ -658,7 +665,8 @@ class Tensor:
 # 10. Faster products --------------------------------------------------------------------------------------
 # Nearly all the time goes to dot products, and there to the interpreter's loop rather than to arithmetic. Two
 # tricks make the products faster. First, the loop is written out: for vectors of length 3, we let Python
-# compile this function, once, which is 1.2 to 1.6 times as fast as a loop over each vector:
+# compile this function, once. That makes a step 1.5 times as fast on CPython 3.11 and PyPy, and 1.1 times on
+# Python 3.12, whose math.sumprod is a fast loop:
 #
 #     def product(rows, columns):
 #         out = []
@@ -670,10 +678,12 @@ class Tensor:
 #         return out
 #
 # Second, after a relu most numbers are 0, in a trained model six out of seven. A product with such a matrix
-# skips them, which makes a step 1.2 to 1.3 times as fast. Nor does relu pass on a gradient where its result
-# is 0, so a linear that follows need not compute the gradient there, which is worth 5%.
+# skips them. Nor does relu pass on a gradient where its result is 0, so a linear that follows need not
+# compute the gradient there. That makes a step 1.05 times as fast with 16 channels, and 1.3 times with 64.
+# PyPy has a compiler of its own. It does better with nothing skipped, and with longer vectors written out.
 
-LONGEST = 15 if hasattr(math, "sumprod") else 64  # for longer ones, the loop of sumprod or map does as well
+PYPY = sys.implementation.name == "pypy"
+LONGEST = 256 if PYPY else 15 if hasattr(math, "sumprod") else 64  # for longer ones, a loop does as well
 
 @lru_cache(maxsize=None)
 def products(n):
@@ -698,18 +708,20 @@ class FastTensor(Tensor):
     def matmul(rows, columns, where=None):
         """Return what Tensor.matmul does, with products written out and zeros skipped. If `where` is Sparse,
         compute only what stands in the places of its numbers that are not 0."""
+        if PYPY:
+            return products(len(rows[0]))(rows, columns)
         if isinstance(where, Sparse):
             out, product = [], products(len(rows[0]))
             for row, mask in zip(rows, where):
                 numbers = iter(product([row], [*compress(columns, mask)])[0])
-                out.append([next(numbers) if a else 0.0 for a in mask])
+                out.append([next(numbers) if a else 0.0 for a in mask])  # back in their places
             return out
         if not isinstance(rows, Sparse):
             if isinstance(columns, Sparse):
-                return transpose(FastTensor.matmul(columns, rows))  # A B = (B^T A^T)^T
+                return transpose(FastTensor.matmul(columns, rows))  # swapped, it comes out transposed
             return products(len(rows[0]))(rows, columns)
         out, inner = [], transpose(columns)
-        for row in rows:  # where n numbers are not 0, n terms remain of each dot product
+        for row in rows:  # of [0, 3, 0, 5], keep [3, 5], and of the columns, their second and fourth numbers
             numbers, kept = [*compress(row, row)], [*compress(inner, row)]
             out += products(len(numbers))([numbers], transpose(kept)) if numbers else [[0.0] * len(columns)]
         return out
@@ -720,8 +732,8 @@ def rows_of(*dictionaries):
         yield from zip(*[each[name] for each in dictionaries])
 
 def fast_adam(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8):
-    """Do what adam does, with all that is the same for every weight computed once: dividing m by d and v by
-    c^2 is the same as multiplying lr by c / d and eps by c."""
+    """Do what adam does, but compute once what all weights share. With c and d as below, a weight's move
+    lr * (m / d) / (sqrt(v) / c + eps) is the same as (lr * c / d) * m / (sqrt(v) + c * eps)."""
     new1, new2, sqrt = 1 - beta1, 1 - beta2, math.sqrt
     c, d = sqrt(1 - beta2 ** (step + 1)), 1 - beta1 ** (step + 1)
     lr = lr * c / d
@@ -746,7 +758,7 @@ def learn_merges_slowly(docs, n, first_id):
     merges = []
     while len(merges) < n:
         counts = Counter(pair for doc in docs for pair in map(add, doc, doc[1:]))
-        pair = min(counts, key=lambda pair: (-counts[pair], pair), default="")
+        pair = min(counts, key=lambda pair: (-counts[pair], pair), default="")  # counts[""] is 0
         if counts[pair] < 2:
             break
         docs = [doc.replace(pair, chr(first_id + len(merges))) for doc in docs]
@@ -754,9 +766,13 @@ def learn_merges_slowly(docs, n, first_id):
     return merges
 
 # This counts all pairs anew for every merge: 200 merges of input.txt take 6 seconds. The function below takes
-# 0.2 seconds, because it counts once, and then corrects only the counts of pairs next to a replaced pair. To
-# find the most frequent pair, it keeps the pairs on a heap, a list from which the largest is quick to take.
-# When a count rises, the pair is put on the heap once more. When a count falls, its entry on the heap stays,
+# 0.2 seconds, because it counts once, and then corrects only the counts of pairs next to a replaced pair. In
+# xababy, with M for ab, the result is xMMy. To find what has changed, it splits the text at ab, into the
+# pieces x, "", and y: the last letter of x now meets M, not a; the first letter of y follows M, not b; and at
+# the empty piece, two M have replaced ab and ab, between which there was ba.
+#
+# To find the most frequent pair, it keeps pairs on a heap, a list from which the smallest entry is quick to
+# take, here that with the lowest -count. A new pair is put on the heap. When a count falls, its entry stays,
 # and is too high. So when an entry comes up, compare it with the count; if it is too high, put it back
 # corrected.
 
@@ -789,7 +805,7 @@ def learn_merges(docs, n, first_id):
         for other, change in changes.items():
             if BETWEEN not in other:
                 counts[other] += change
-                if change > 1:  # a pair with the new token; no other count rises
+                if change > 1:  # then the pair has the new token in it: no other count rises
                     heappush(heap, (-change, other))
         counts[pair] = 0  # in aaa, the pair aa was counted twice, though only one could be replaced
     return merges
@@ -820,33 +836,27 @@ class BPETokenizer(CharTokenizer):
 
 # 12. The GPU ----------------------------------------------------------------------------------------------
 # A GPU multiplies thousands of numbers at once, but they must travel there and back. For a product of m x k
-# by k x n numbers, measured on CPython 3.11 and two cores, which stand in for a GPU (software Vulkan):
+# by k x n numbers, measured on CPython 3.11, with a driver that lets two cores play the GPU:
 #
 #                 the trip    for each of m k + k n + m n numbers    for each of m n k multiplications
 #     Python      0           0                                      28 ns
 #     the GPU     130 us      18 ns, to pack it                      0.2 ns
 #
-# With m = k = n = 18, both take about 0.16 ms; with 64, Python takes 7 ms and the GPU 0.4. (On PyPy, whose
-# products are 15 times as fast, the GPU gains from 90 on.) A trip costs as much for many products as for one,
-# so those of all documents and heads go at once. The engine `vulkan` sends the products that gain, through
-# vulkan_gemm.py, a second file, which measures these costs at the start.
+# With m = k = n = 17, both take about 0.14 ms; with 64, Python takes 7 ms and the GPU 0.4. A trip costs as
+# much for many products as for one, so those of all documents and heads go at once. The engine `vulkan` sends
+# the products that gain through a second file, vulkan_gemm.py, which measures these costs at the start.
 
 @lru_cache(maxsize=None)
 def gpu_matmuls():
     """Return a matmuls that uses the GPU where that is faster. Raise UserError if there is no GPU."""
-    try:
+    with reporting("cannot use a GPU (--engine tensor needs none)"):
         from vulkan_gemm import VulkanGemm, offload
-    except ImportError:
-        raise UserError("--vulkan needs vulkan_gemm.py beside microgpt.py") from None
-    try:
         gpu = VulkanGemm()
-    except RuntimeError as error:
-        raise UserError(f"{error}; --engine tensor needs no GPU") from None
     atexit.register(gpu.close)
     return offload(gpu, FastTensor.matmuls)
 
 class VulkanTensor(FastTensor):
-    """The engine `vulkan`: a FastTensor with its large products on the GPU."""
+    """The engine `vulkan`: a FastTensor with its large products on the GPU, which skips nothing."""
     @classmethod
     def matmul(cls, rows, columns, where=None): return cls.matmuls([rows], [columns])[0]
     @classmethod
@@ -859,7 +869,8 @@ ENGINES = {"scalar": Matrix, "tensor": FastTensor, "vulkan": VulkanTensor}
 # worker gets the weights and a share of the batch through a pipe, and sends back the loss and the gradients
 # of its share. Only this process moves the weights. The loss of the batch is the mean over all predictions:
 # a loss of 2 over 6 predictions and one of 3 over 4 make 0.6 * 2 + 0.4 * 3 = 2.4. The gradients are averaged
-# likewise. If this process ends, the pipes close, and the workers end, too.
+# likewise. A worker begins as a copy of this process (fork) or, where that is not safe, as a new Python that
+# imports this file (spawn). If this process ends, the pipes close, and the workers end, too.
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK", "SIGXCPU")
          if hasattr(signal, name)]
@@ -879,20 +890,6 @@ def work(pipe, others, engine):
                 answer = error
             pipe.send(answer)
 
-@contextmanager
-def signals_wait(context):
-    """Hold signals back, so that none meets a worker that is only starting. (Windows cannot do this.)"""
-    mask = getattr(signal, "pthread_sigmask", None)
-    if context and mask and context.get_start_method() != "fork":
-        from multiprocessing import resource_tracker
-        resource_tracker.ensure_running()  # its start would let signals through again
-    before = mask and mask(signal.SIG_BLOCK, STOPS)
-    try:
-        yield
-    finally:
-        if mask:
-            mask(signal.SIG_SETMASK, before)
-
 def predictions(batch): return sum(len(tokens) - 1 for tokens in batch)  # of all tokens but the first
 
 class Workers:
@@ -906,7 +903,7 @@ class Workers:
                 for _ in range(n if n > 1 else 0):
                     here, there = context.Pipe()
                     self.pipes.append(here)
-                    ends = self.pipes if context.get_start_method() == "fork" else []
+                    ends = self.pipes if context.get_start_method() == "fork" else []  # what it copies
                     process = context.Process(target=work, args=(there, ends, engine), daemon=True)
                     process.start()
                     self.processes.append(process)
@@ -947,31 +944,33 @@ class Workers:
 # PART THREE: A TOOL FOR EVERYDAY USE ======================================================================
 
 import argparse, datetime, hashlib, json, shlex, shutil, struct, time, unicodedata
-from glob import iglob
+from glob import glob
+from heapq import nlargest
 from inspect import signature
-from itertools import product
+from itertools import product, takewhile
 
 # 14. GPT-2 as published -----------------------------------------------------------------------------------
 # GPT-2 (Radford et al. 2019; --arch gpt2) has the same layers as part one, with these differences:
 #
-#     LayerNorm for RMSNorm    It also subtracts the mean of a row. (Ba, Kiros, and Hinton 2016)
-#     gain and bias            Learned factors and offsets, in case another scale serves better.
-#     a bias in each linear    Its results need not be 0 for a row of zeros.
-#     GELU for relu            It has a soft knee, which lets some gradient pass below 0.
-#     the outer norm is last   The logits have the same scale, however many layers there are.
+#     LayerNorm for RMSNorm    It also subtracts the mean: [1, 3] becomes [-1, 1]. (Ba et al. 2016)
+#     gain and bias            Each norm has learned factors and offsets, in case another scale serves better.
+#     a bias in each linear    It is added to the sums, so that a row of zeros need not give zeros.
+#     GELU for relu            2, 0, -2 become 1.95, 0, -0.05: like relu, but some gradient passes below 0.
+#     the first norm is last   The logits have the same scale, however many layers there are.
 #     wte serves as lm_head    Both have a row for each token. It gets the gradients of both uses.
 #     small attn_wo, mlp_fc2   What is added to x does not grow with the number of layers.
 #
-# Dropout is left out. A gain or a bias is a matrix with one row, which embed() repeats.
+# Dropout, which sets random channels to 0 in training, is left out. A gain or a bias is a matrix with one
+# row, which embed() repeats.
 
 def center(x):
-    """Return x minus the mean of each row: one linear makes the mean of n channels, another subtracts it."""
+    """Return x minus the mean of each row. One linear makes the mean, another n copies of minus the mean."""
     n, wrap = len(x.data[0]), type(x).wrap
     return x + x.linear(wrap([[1 / n] * n])).linear(wrap([[-1.0]] * n))
 
-def times(a, b): return [list(map(mul, *rows)) for rows in zip(a, b)]
+def times(a, b): return [list(map(mul, x, y)) for x, y in zip(a, b)]
 
-# y = x z, number by number. z is the slope for x, and x for z.
+# y = x z, number by number. The slope for x is z, and the slope for z is x.
 def multiply(x, z):
     """Return the products of the numbers of two matrices of the same shape."""
     if isinstance(x, Matrix):
@@ -981,40 +980,49 @@ def multiply(x, z):
         z.receive(times(g, x.data))
     return x.result("multiply", times(x.data, z.data), rule)
 
-# y = x (1 + t) / 2, where t = tanh(c (x + k x^3)) has the slope (1 - t^2) c (1 + 3 k x^2).
+# y = x (1 + t) / 2. Here t = tanh(u) climbs from -1 to 1, with the slope 1 - t^2, and u = c (x + k x^3) has
+# the slope c (1 + 3 k x^2). The product and chain rules give the slope of y.
 def gelu_and_slope(x):
-    """Return GELU by its tanh formula (Hendrycks and Gimpel 2016) of a number, and its slope there."""
+    """Return GELU of a number by its tanh formula (Hendrycks and Gimpel 2016), and its slope there."""
     c, k = math.sqrt(2 / math.pi), 0.044715
     t = math.tanh(c * (x + k * x * x * x))
     return x * (1 + t) / 2, (1 + t + x * (1 - t * t) * c * (1 + 3 * k * x * x)) / 2
 
 def gelu(x):
     """Return GELU of every number of a matrix."""
-    both = [[gelu_and_slope(a) for a in row] for row in x.data]
-    y, slopes = [[[pair[i] for pair in row] for row in both] for i in range(2)]
+    pairs = [[gelu_and_slope(a) for a in row] for row in x.data]
+    y = [[value for value, _ in row] for row in pairs]
+    slopes = [[slope for _, slope in row] for row in pairs]
     if isinstance(x, Matrix):
         rows = zip(x.rows, y, slopes)
         return Matrix([[Value(b, (a,), (slope,)) for a, b, slope in zip(*row)] for row in rows])
     return x.result("gelu", y, lambda g: x.receive(times(g, slopes)))
 
 class GPT2(GPT):
-    """A GPT with the weights and operations of GPT-2. The gains of its norms are ln1, ln2, and ln_f."""
+    """A GPT with the weights and operations of GPT-2."""
     def shapes(self):
         out = super().shapes()
         del out["lm_head"]
-        for name, (rows, _) in list(out.items())[2:]:  # not of the embeddings
-            out[name + ".bias"] = 1, rows
-        for name in [f"layer{i}.{norm}" for i in range(self.n_layer) for norm in ("ln1", "ln2")] + ["ln_f"]:
-            out[name] = out[name + ".bias"] = 1, self.n_embd
+        linears = [name for name in out if name.startswith("layer")]
+        norms = ["ln_f"]
+        for i in range(self.n_layer):
+            norms += [f"layer{i}.ln1", f"layer{i}.ln2"]
+        for name in linears:
+            out[name + ".bias"] = (1, out[name][0])
+        for name in norms:
+            out[name] = out[name + ".bias"] = (1, self.n_embd)
         return out
 
     def initial_weights(self, rng):
         weights = {}
         for name, (rows, columns) in self.shapes().items():
-            scale = 0.02 / math.sqrt(2 * self.n_layer) if name.endswith(("attn_wo", "mlp_fc2")) else 0.02
-            if name.endswith(".bias") or "ln" in name:
-                weights[name] = [[0.0 if name.endswith(".bias") else 1.0] * columns]
+            if name.endswith(".bias"):
+                weights[name] = [[0.0] * columns]
+            elif "ln" in name:  # a gain
+                weights[name] = [[1.0] * columns]
             else:
+                small = name.endswith(("attn_wo", "mlp_fc2"))
+                scale = 0.02 / math.sqrt(2 * self.n_layer) if small else 0.02
                 weights[name] = [[rng.gauss(0, scale) for _ in range(columns)] for _ in range(rows)]
         return weights
 
@@ -1031,7 +1039,7 @@ class GPT2(GPT):
             x = x + linear(found, layer + "attn_wo")
             hidden = gelu(linear(layernorm(x, layer + "ln2"), layer + "mlp_fc1"))  # rows x 4 n_embd
             x = x + linear(hidden, layer + "mlp_fc2")
-        return layernorm(x, "ln_f").linear(w["wte"])
+        return layernorm(x, "ln_f").linear(w["wte"])                               # rows x vocab_size
 
 MODELS = {"microgpt": GPT, "gpt2": GPT2}
 
@@ -1041,8 +1049,8 @@ MODELS = {"microgpt": GPT, "gpt2": GPT2}
 #
 #     sgd 2.64    momentum 2.51    rmsprop 2.49    adam 2.50    adamw 2.50
 #
-# Plain SGD does as well, 2.49, but only with a learning rate 30 times as high: the later ones find the right
-# length of a move by themselves. All take the same first six arguments, and then their own settings.
+# SGD reaches 2.49, too, but with the learning rate 0.3; at 1, its numbers overflow. Adam is less choosy: 2.55
+# at 0.001, 2.52 at 0.05. All take the same first six arguments, and then their own settings.
 
 # w -= lr g: steps downhill along the gradient of a few documents (Robbins and Monro 1951)
 def sgd(weights, grads, m, v, step, lr):
@@ -1072,30 +1080,37 @@ def adamw(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8, weig
     fast_adam(weights, grads, m, v, step, lr, beta1, beta2, eps)
 
 OPTIMIZERS = {"sgd": sgd, "momentum": momentum, "rmsprop": rmsprop, "adam": fast_adam, "adamw": adamw}
+SETTINGS = {name: list(signature(optimizer).parameters)[6:] for name, optimizer in OPTIMIZERS.items()}
 
 # The learning rate falls as `done` goes from 0 to 1. With --warmup-steps, it rises first, while the running
-# means are still rough. And with --clip-grad, one odd batch cannot throw the weights far.
+# means are still rough: of 110 steps with 10 of warmup, the 5th has half the rate, the 10th has all of it,
+# and the 61st has half of it. With --clip-grad, one odd batch cannot throw the weights far.
 SCHEDULES = {"linear": lambda done: 1 - done, "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
              "constant": lambda done: 1}
 
 def learning_rate(args, step):
-    """Return the learning rate of a step."""
+    """Return the learning rate of a step, which counts from 0."""
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
-    return args.lr * SCHEDULES[args.schedule]((step - args.warmup_steps) / (args.steps - args.warmup_steps))
+    done = (step - args.warmup_steps) / (args.steps - args.warmup_steps)
+    return args.lr * SCHEDULES[args.schedule](done)
 
-def norm(grads): return math.sqrt(sum(sumprod(row, row) for (row,) in rows_of(grads)))
+def norm(grads):
+    """Return the length of all gradients together, as one vector."""
+    return math.sqrt(sum(sumprod(row, row) for (row,) in rows_of(grads)))
 
 def clip(grads, limit):
-    """Return the gradients, scaled down if their norm, as one vector, exceeds the limit."""
+    """Return the gradients, scaled down if their norm exceeds the limit."""
     scale = limit / max(norm(grads), limit)
     return {name: [[g * scale for g in row] for row in rows] for name, rows in grads.items()}
 
 # 16. Sampling ---------------------------------------------------------------------------------------------
-# At temperature 0, the likeliest token is taken. --top-k draws from the k likeliest, so that no odd one
-# spoils a text. A text can outgrow the context: when all positions are taken, the model reads the later half
-# again, as a document that begins at position 0, and forgets the rest. With a context of 4, after "abcd", it
-# reads "cd" again, and has two positions free.
+# Section 7 draws from all tokens. Two flags make it more careful. At --temperature 0, it takes the likeliest
+# token. With --top-k, it draws only from the k likeliest, so that no odd one spoils a text: of the scores 2,
+# 1, 0, --top-k 2 leaves the first two, with the probabilities 0.73 and 0.27.
+#
+# A text can outgrow the context. When all positions are taken, the model starts over at position 0 with the
+# end of the text, half a context long. With a context of 4, if e follows "abcd", it reads "de" from there.
 
 class Overflow(ArithmeticError):
     """The numbers of the model have become too large."""
@@ -1111,44 +1126,62 @@ def draw(logits, temperature, top_k, rng):
     top = max(logits)
     if temperature == 0:
         return logits.index(top)
-    best = sorted(sorted(range(len(logits)), key=lambda i: -logits[i])[: top_k or None])
-    odds = [math.exp((logits[i] - top) / temperature) for i in best]
-    return rng.choices(best, weights=odds)[0]
+    candidates = range(len(logits))
+    if top_k:
+        candidates = nlargest(top_k, candidates, key=lambda i: logits[i])
+        candidates.sort()  # by id, so that equal draws choose as they do without top_k
+    odds = [math.exp((logits[i] - top) / temperature) for i in candidates]
+    return rng.choices(candidates, weights=odds)[0]
 
 def continuation(model, w, ids, bos, rng, temperature=0.5, top_k=0, max_tokens=None):
     """Yield the ids with which the model continues: until BOS, at most max_tokens (None: block_size)."""
-    size, cache, past, new, position = model.block_size, model.new_cache(), list(ids), list(ids), 0
+    size, text, cache = model.block_size, list(ids), model.new_cache()
+    unread, position = text[:], 0  # what the model has not read yet, and where it goes
     for _ in range(size if max_tokens is None else max_tokens):
-        if position + len(new) > size:  # no position is left: read the later half again
-            new, position = past[-((size + 1) // 2) :], 0
-        logits = model.logits(w, new, range(position, position + len(new)), cache).data[-1]
+        if position + len(unread) > size:  # no position is left: start over with the last half context
+            unread, position = text[-((size + 1) // 2) :], 0
+        logits = model.logits(w, unread, range(position, position + len(unread)), cache).data[-1]
         tape.clear()
-        position += len(new)
-        new = [draw(logits, temperature, top_k, rng)]
-        if new[0] == bos:
+        position += len(unread)
+        token = draw(logits, temperature, top_k, rng)
+        if token == bos:
             return
-        past += new
-        yield new[0]
+        yield token
+        text.append(token)
+        unread = [token]
 
 # 17. Checkpoints ------------------------------------------------------------------------------------------
 # A run is kept in one .safetensors file, which other programs can open and which, unlike a pickle, cannot run
 # code. It holds the length of a header; the header, JSON with the type, shape, and place of each matrix and
-# some strings, the metadata; and the numbers. With only w = [[1.0]] in it, a file is these 88 bytes:
+# some strings, the metadata; and the numbers. With only w = [[1.0]] in it (a single row counts as a
+# vector), a file is these 88 bytes:
 #
 #     48 00 00 00 00 00 00 00        72, the length of the header, lowest byte first
 #     {"__metadata__":{},"w":{"dtype":"F64","shape":[1],"data_offsets":[0,8]}}
 #     00 00 00 00 00 00 f0 3f        1.0
-#
-# A new file is written beside the old one, and takes its name only once it is whole and on disk. So one
-# intact copy always survives.
+
+def write_safetensors(path, tensors, metadata):
+    """Write name -> rows of floats, and a dictionary of strings."""
+    header, numbers, end = {"__metadata__": metadata}, [], 0
+    for name, rows in tensors.items():
+        start, end = end, end + 8 * len(rows) * len(rows[0])
+        shape = [len(rows), len(rows[0])]
+        if len(rows) == 1:
+            shape = shape[1:]  # a gain or a bias is a vector
+        header[name] = {"dtype": "F64", "shape": shape, "data_offsets": [start, end]}
+        numbers += [struct.pack(f"<{len(row)}d", *row) for row in rows]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # spaces, up to a multiple of 8
+    replace_file(path, [len(text).to_bytes(8, "little"), text, *numbers])
 
 def replace_file(path, parts):
-    """Write parts of bytes into a new file, which then takes the place of `path`."""
-    target = os.path.realpath(path)  # for a link, replace its target
-    part = os.path.join(os.path.dirname(target), f"{os.getpid()}.{time.time_ns()}.part")  # no other's name
+    """Write parts of bytes to a new file beside `path`, and give it that name only once it is whole and on
+    disk. So one intact copy always survives."""
+    target = os.path.realpath(path)  # for a link, replace what it points to
+    part = os.path.join(os.path.dirname(target), f"{os.getpid()}.{time.time_ns()}.part")
     with reporting(f"cannot save {path}"):
         try:
-            with open(part, "xb") as file:  # x: never through a link or into an existing file
+            with open(part, "xb") as file:  # x: the file must be new
                 file.writelines(parts)
                 file.flush()
                 os.fsync(file.fileno())
@@ -1160,20 +1193,8 @@ def replace_file(path, parts):
                 os.remove(part)
             raise
 
-def write_safetensors(path, tensors, metadata):
-    """Write name -> rows of floats and a dictionary of strings."""
-    header, end = {"__metadata__": metadata}, 0
-    for name, rows in tensors.items():
-        start, end = end, end + 8 * len(rows) * len(rows[0])
-        shape = [len(rows), len(rows[0])] if len(rows) > 1 else [len(rows[0])]  # a gain or bias is a vector
-        header[name] = {"dtype": "F64", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    numbers = (struct.pack(f"<{len(row)}d", *row) for (row,) in rows_of(tensors))
-    replace_file(path, chain([len(text).to_bytes(8, "little"), text], numbers))
-
 def read_header(file):
-    """Return the metadata and the entries of an open .safetensors file."""
+    """Return the metadata, and name -> type, shape, and place, from an open .safetensors file."""
     size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
     require(8 + length <= size, "it is cut short, or not a .safetensors file")
     header = json.loads(file.read(length))
@@ -1182,42 +1203,53 @@ def read_header(file):
 
 def read_safetensors(path):
     """Return name -> rows of floats, and the metadata."""
-    tensors, end = {}, 0
     with open(path, "rb") as file:
         metadata, header = read_header(file)
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            shape, dtype = entry["shape"], entry["dtype"]
-            require(dtype in ("F32", "F64"), f"it holds {dtype}; only F32 and F64 are supported")
-            require(len(shape) in (1, 2) and all(type(n) is int and n > 0 for n in shape), f"shape {shape}")
-            start, end = end, end + math.prod(shape) * int(dtype[1:]) // 8
-            require(entry["data_offsets"] == [start, end], f"{name} is out of place")
-            require(end <= os.fstat(file.fileno()).st_size, "it is cut short")
-            data, layout = file.read(end - start), f"<{shape[-1]}{'f' if dtype == 'F32' else 'd'}"
-            require(len(data) == end - start, "it is cut short")
-            tensors[name] = [list(row) for row in struct.iter_unpack(layout, data)]
-            require(all(map(math.isfinite, chain(*tensors[name]))), f"{name} has a number that is not finite")
-        require(not file.read(1), "it is too long")
+        numbers = file.read()
+    end = max([entry["data_offsets"][1] for entry in header.values()], default=0)
+    require(len(numbers) == end, "it is cut short, or too long")
+    tensors = {}
+    for name, entry in header.items():
+        require(entry["dtype"] in ("F32", "F64"), f"it holds {entry['dtype']}, not F32 or F64")
+        layout = f"<{entry['shape'][-1]}{'f' if entry['dtype'] == 'F32' else 'd'}"  # of a row
+        data = numbers[slice(*entry["data_offsets"])]
+        tensors[name] = [list(row) for row in struct.iter_unpack(layout, data)]
     return tensors, metadata
 
+# In memory, all that a file keeps is a Run. Its args hold the settings, such as args.lr, that come from the
+# flags of section 20. After the default run with --save names.safetensors, you can ask it:
+#
+#     run = load("names.safetensors")
+#     run.probabilities("em")["m"]    the probability that m comes after em, 0.038
+#     run.loss("emma")                the mean loss over its tokens, 2.511
+#     run.generate("em")              emma, or another name that begins with em
+
+PROGRESS = "step", "recent", "losses", "validations", "corpus"  # what it knows of its steps so far
+
 class Run:
-    """A training run: its flags, and all that it needs to go on. Without weights, it draws new ones."""
+    """A training run: its settings, its model, and all that it needs to go on."""
     def __init__(self, args, tokenizer, rng, weights=None):
         self.args, self.tokenizer, self.rng = args, tokenizer, rng
-        self.edge = [] if args.stream else [tokenizer.bos]  # what stands before and after a document
         sizes = args.n_layer, args.n_embd, args.n_head, args.block_size
         self.model = MODELS[args.arch](tokenizer.vocab_size, *sizes)
         self.weights = self.model.initial_weights(rng) if weights is None else weights
         self.m, self.v = zeros(self.weights), zeros(self.weights)
-        self.step, self.saved, self.saved_at = 0, None, time.perf_counter()  # steps made, and steps saved
-        self.losses, self.recent, self.validations = [], [], []  # recent: those since the last validation
-        self.corpus = None  # what text it was trained on
+        self.boundary = [] if args.stream else [tokenizer.bos]  # what stands before and after a document
+        self.step = 0          # how many steps were made
+        self.losses = []       # (step, loss) of the steps so far
+        self.validations = []  # (step, validation loss)
+        self.recent = []       # the losses since the last validation
+        self.corpus = None     # which text it is trained on
+        self.saved, self.saved_at = None, time.perf_counter()  # the step last saved, and when
 
     def wrap(self, engine=None):
-        return {name: (engine or ENGINES[self.args.engine]).wrap(rows) for name, rows in self.weights.items()}
+        """Return name -> matrix of weights."""
+        engine = engine or ENGINES[self.args.engine]
+        return {name: engine.wrap(rows) for name, rows in self.weights.items()}
 
     def encode(self, text):
         """Return the ids of a text, with what stands before it."""
-        return self.edge + self.tokenizer.encode(text)
+        return self.boundary + self.tokenizer.encode(text)
 
     def generate(self, prompt="", temperature=0.5, top_k=0, max_tokens=None, rng=None):
         """Return the prompt and what the model adds to it, at most max_tokens tokens (None: block_size)."""
@@ -1226,8 +1258,8 @@ class Run:
         return prompt + self.tokenizer.decode(continuation(self.model, self.wrap(), ids, *settings))
 
     def logits_of(self, ids):
-        """Return the logits after each id, as floats: rows x vocab_size."""
-        tape.clear()  # of what a notebook may have left
+        """Return the logits after each id, as floats: rows x vocab_size. The operations are on the tape."""
+        tape.clear()
         size = self.model.block_size
         require(0 < len(ids) <= size, f"the context takes from 1 to {size} tokens, not {len(ids)}")
         rows = self.model.logits(self.wrap(FastTensor), ids, range(len(ids)), self.model.new_cache()).data
@@ -1242,52 +1274,45 @@ class Run:
 
     def loss(self, text):
         """Return the mean loss over the tokens of a text, with its end."""
-        ids = self.encode(text) + self.edge
+        ids = self.encode(text) + self.boundary
         loss = Tensor(self.logits_of(ids[:-1])).cross_entropy(ids[1:]).data
         tape.clear()
         return loss
 
     def facts(self):
         """Return all that describes the run, except its matrices."""
-        flags = {**vars(self.args), **dict.fromkeys(THIS_TIME)}
+        flags = {name: value for name, value in vars(self.args).items() if name not in THIS_TIME}
+        progress = {name: getattr(self, name) for name in PROGRESS}
         return {"flags": as_argv(flags), "characters": "".join(self.tokenizer.ids),
-                "merges": self.tokenizer.merges, "step": self.step, "recent": self.recent,
-                "losses": self.losses, "validations": self.validations, "corpus": self.corpus,
-                "random": self.rng.getstate(), "config": vars(self.model)}
+                "merges": self.tokenizer.merges, "random": self.rng.getstate(),
+                "config": vars(self.model), **progress}
 
     def save(self, path=None):
-        """Write the checkpoint, if there is to be one. Raise Overflow if it would be useless."""
+        """Write a checkpoint, by default to the file of --save. Raise Overflow if a number is not finite."""
         path = path or self.args.save
         if path is None:
             return
-        tensors = {**self.weights}
+        tensors = dict(self.weights)
         for name in self.weights:
-            tensors |= {"optimizer.m." + name: self.m[name], "optimizer.v." + name: self.v[name]}
-        check_finite(chain(*chain(*tensors.values())), f"at step {self.step}, ")
+            tensors["optimizer.m." + name] = self.m[name]
+            tensors["optimizer.v." + name] = self.v[name]
+        for (row,) in rows_of(tensors):
+            check_finite(row, f"at step {self.step}, ")
         metadata = {name: json.dumps(value) for name, value in self.facts().items()}
-        write_safetensors(path, tensors, {"format": "pt", **metadata})
+        write_safetensors(path, tensors, {"format": "pt", **metadata})  # pt: PyTorch, which can open it
         self.saved, self.saved_at = self.step, time.perf_counter()
 
-FACTS = "flags", "characters", "merges", "step", "recent", "random", "losses", "validations", "corpus"
-
 def run_from(metadata):
-    """Return a Run, still without weights, from the metadata of a checkpoint."""
-    for name in FACTS[:6]:  # earlier versions did not keep the others
-        require(name in metadata, f"it was not saved by this program: no {name} in its metadata")
-    facts = {name: json.loads(metadata[name]) for name in FACTS if name in metadata}
-    require(not any(flag.startswith(("-h", "--help")) for flag in facts["flags"]), "bad flags")
-    require(min(chain([0], *facts["merges"])) == 0, "bad merges")
-    args, rng, state = FLAGS.parse_args(facts["flags"]), random.Random(), facts["random"]
-    vars(args).update({name: FLAGS.get_default(name) for name in THIS_TIME})
-    rng.setstate((state[0], tuple(state[1]), state[2]))
-    run = Run(args, BPETokenizer(facts["characters"], facts["merges"]), rng, {})
-    run.step, run.recent = int(facts["step"]), list(map(float, facts["recent"]))
-    if facts.get("corpus"):
-        run.corpus = {"paths": list(map(str, facts["corpus"]["paths"])), **facts["corpus"]}
-    run.losses = [(int(step), float(loss)) for step, loss in facts.get("losses", [])]
-    run.validations = [(int(step), float(loss)) for step, loss in facts.get("validations", [])]
-    numbers = [*run.recent, *chain(*run.losses, *run.validations)]
-    require(0 <= run.step < 10**12 and all(0 <= a < math.inf for a in numbers), "bad step or losses")
+    """Return a Run, still without matrices, from the metadata of a checkpoint."""
+    require("flags" in metadata, "it was not saved by this program: no flags in its metadata")
+    names = "flags", "characters", "merges", "random", *PROGRESS
+    facts = {name: json.loads(metadata[name]) for name in names if name in metadata}
+    args = FLAGS.parse_args(facts["flags"])
+    run = Run(args, BPETokenizer(facts["characters"], facts["merges"]), random.Random(), {})
+    version, words, spare = facts["random"]
+    run.rng.setstate((version, tuple(words), spare))
+    for name in PROGRESS:
+        setattr(run, name, facts.get(name, getattr(run, name)))  # earlier versions lack some
     return run
 
 def load(path):
@@ -1296,20 +1321,21 @@ def load(path):
         tensors, metadata = read_safetensors(path)
         run = run_from(metadata)
         shapes = run.model.shapes()
-        def take(prefix): return {name: tensors.pop(prefix + name) for name in shapes}
+        def take(prefix):
+            rows = {name: tensors.pop(prefix + name) for name in shapes}
+            found = {name: (len(rows[name]), len(rows[name][0])) for name in shapes}
+            require(found == shapes, "its matrices are not those of its model")
+            return rows
         run.weights = take("")
         run.m, run.v = zeros(run.weights), zeros(run.weights)
         if tensors:  # a file of weights alone has no running means
             run.m, run.v = take("optimizer.m."), take("optimizer.v.")
-        for matrices in (run.weights, run.m, run.v):
-            found = {name: (len(rows), len(rows[0])) for name, rows in matrices.items()}
-            require(found == shapes and not tensors, "its matrices are not those of its model")
-        require(all(min(row) >= 0 for (row,) in rows_of(run.v)), "a mean of squares is below 0")
         run.saved = run.step
         return run
 
 # 18. Looking inside ---------------------------------------------------------------------------------------
-# What does a model make of a text? After the default run, python microgpt.py --explain emma shows this:
+# What does a model make of a text? After the default run, python microgpt.py --explain emma shows, among
+# other lines:
 #
 #     token next      p   nats   bits the five likeliest (^ is BOS, _ a space)
 #     m     a     0.231  1.463  2.111  a 0.231   i 0.218   e 0.091   o 0.061   u 0.054
@@ -1320,49 +1346,44 @@ def load(path):
 #     a      ·░·░░ ░░░░░ ░░░░░ ·░·░░
 #
 # After "emm", the a that came had the probability 0.231, more than any other letter. So the loss there is
-# -log(0.231) = 1.463 nats, or 2.111 bits with log2. The model has learned that vowels follow m, and after the
-# a, its top guess is the end of the name. The maps show where the four heads looked: each row is a position,
-# and a darker cell means more attention, as the fourth head of the second m pays to BOS, the first column.
-
-def width(text):
-    """Return how many columns of a terminal a text takes."""
-    return sum(not unicodedata.combining(c) and 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
-
-def pad(text, columns): return text + " " * (columns - width(text))
+# -log(0.2315) = 1.463 nats, or 2.111 bits with log2. The model has learned that vowels follow m, and after
+# the a, its top guess is the end of the name. The maps show where the four heads looked: each row is a
+# position, and a darker cell means more attention. The fourth head of the second m looks mostly at BOS, the
+# first column.
 
 def explain(run, ids):
     """Print what a model makes of some tokens."""
     names = [repr(token)[1:-1].replace(" ", "_") for token in run.tokenizer.tokens] + ["^"]
-    n, bit, columns = len(ids) - 1, math.log(2), max(5, *[width(names[i]) for i in ids])
     rows = run.logits_of(ids[:-1])
     layers = [out.shares for out in tape if out.name == "attention"]  # of each layer: those of its heads
     losses = [Tensor([row]).cross_entropy([target]).data for row, target in zip(rows, ids[1:])]
     tape.clear()
+    wide, bit = max(5, *[width(names[i]) for i in ids]), math.log(2)
     title = "    p   nats   bits the five likeliest (^ is BOS, _ a space)"
-    print(f"{pad('token', columns)} {pad('next', columns)} {title}")
+    say(f"{pad('token', wide)} {pad('next', wide)} {title}")
     for token, target, p, loss in zip(ids, ids[1:], map(probabilities, rows), losses):
-        best = sorted(range(len(p)), key=lambda i: (-p[i], i))[:5]
+        best = nlargest(5, range(len(p)), key=lambda i: p[i])
         five = "  ".join(" " * (2 - width(names[i])) + f"{names[i]} {p[i]:.3f}" for i in best)
-        pair = f"{pad(names[token], columns)} {pad(names[target], columns)}"
-        print(f"{pair} {p[target]:.3f} {loss:6.3f} {loss / bit:6.3f} {five}")
-    print(f"{'mean':{2 * columns + 7}} {sum(losses) / n:6.3f} {sum(losses) / n / bit:6.3f}")
-    show_maps(layers, [names[i] for i in ids[:-1]], columns + 1)
+        pair = f"{pad(names[token], wide)} {pad(names[target], wide)}"
+        say(f"{pair} {p[target]:.3f} {loss:6.3f} {loss / bit:6.3f} {five}")
+    mean = sum(losses) / len(losses)
+    say(f"{'mean':{2 * wide + 7}} {mean:6.3f} {mean / bit:6.3f}")
+    show_maps(layers, [names[i] for i in ids[:-1]], wide + 1)
 
-def show_maps(layers, names, columns):
+def show_maps(layers, names, wide):
     """Print where each head of each layer looked, of the last 30 positions at most."""
-    last, dark = range(max(0, len(names) - 30), len(names)), "·░▒▓█"
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    if dark.encode(encoding, "replace").decode(encoding) != dark:  # an old terminal cannot show them
-        dark = ".:+%#"
+    last, dark = range(max(0, len(names) - 30), len(names)), shades()
     top = " " + "".join(names[t][0] if width(names[t][0]) == 1 else "?" for t in last)
     for layer, heads in enumerate(layers):
         scale = f"from {dark[0]} under 1/8 to {dark[-1]} over 7/8"
-        print(f"\nlayer {layer}, each head: where a row looks, {scale}")
-        print(" " * columns + top * len(heads))
+        say(f"\nlayer {layer}, each head: where a row looks, {scale}")
+        say(" " * wide + top * len(heads))
         for t in last:
             maps = [[dark[round(head[t][i] * 4)] for i in last if i <= t] for head in heads]
             cells = " ".join("".join(row).ljust(len(last)) for row in maps)
-            print(f"{pad(names[t], columns)} {cells}".rstrip())
+            say(f"{pad(names[t], wide)} {cells}".rstrip())
+
+# The losses can be drawn, too (--plot). The picture is an SVG file, a text that lists shapes and points.
 
 STYLE = """<style>svg { color-scheme: light dark; background: Canvas; color: CanvasText }
 text { fill: currentColor; font: 12px monospace } polyline { fill: none; stroke: currentColor }
@@ -1381,8 +1402,9 @@ def loss_plot(losses, validations):
         mean += (loss - mean) / min(i + 1, len(losses) // 30 + 1)
         means.append((step, mean))
     points = [*losses, *validations] or [(0, 0.0)]
-    (first, low), (last, high) = map(min, zip(*points)), map(max, zip(*points))
-    last, high = last + 1, high * 1.01 + 1e-3  # beyond the first and the lowest, even for one point
+    steps, values = zip(*points)
+    first, last = min(steps), max(steps) + 1
+    low, high = min(values), max(values) * 1.01 + 1e-3  # above low, even for one point
 
     def place(x, y):
         return f"{70 + 700 * (x - first) / (last - first):.1f},{450 - 400 * (y - low) / (high - low):.1f}"
@@ -1397,80 +1419,78 @@ def loss_plot(losses, validations):
         svg.append(f'<g class="{name}"><polyline points="{line}"/><text x="{x}" y="30">{name}</text></g>')
     return "\n".join([*svg, "</svg>\n"])
 
+# For those who port this to another language, a trace (--trace) holds all numbers: a line of JSON about the
+# run, and then one for each step.
+
 def begin_trace(path, run):
-    """Write the first line of a trace, or cut off what an interrupted run wrote beyond its last save."""
-    with reporting(f"cannot write {path}"), open(path, "a+b" if run.step else "w+b") as file:
-        file.seek(0)
-        end = 0
-        for line in iter(file.readline, b""):
-            if not line.endswith(b"\n") or json.loads(line)["step"] > run.step:
-                break
-            end = file.tell()
-        file.truncate(end)
-        if not end:
-            facts = {**run.facts(), "bos": run.tokenizer.bos, "weights": run.weights}
-            file.write(json.dumps(facts).encode() + b"\n")
+    """Write the first line of a trace. Of a resumed run, keep the lines up to its step, but none beyond."""
+    kept = []
+    with reporting(f"cannot write {path}"):
+        if run.step and os.path.exists(path):
+            with open(path, "rb") as file:
+                lines = [line for line in file if line.endswith(b"\n")]  # the last one may be cut off
+            kept = list(takewhile(lambda line: json.loads(line)["step"] <= run.step, lines))
+        facts = {**run.facts(), "bos": run.tokenizer.bos, "weights": run.weights}
+        replace_file(path, kept or [json.dumps(facts).encode() + b"\n"])
 
 def write_trace(path, run, batch, loss, grads):
-    """Write a line of JSON about the step to be made; of the first, also all gradients and operations."""
+    """Write a line about the step to be made. That of the first has all gradients and operations, too."""
     facts = {"step": run.step + 1, "documents": [run.tokenizer.decode(ids) for ids in batch], "tokens": batch,
-             "loss": loss, "learning_rate": learning_rate(run.args, run.step),
-             "gradient_norm": norm(grads) if math.isfinite(norm(grads)) else None}  # JSON has no infinity
+             "loss": loss, "learning_rate": learning_rate(run.args, run.step)}
+    size = norm(grads)
+    facts["gradient_norm"] = size if math.isfinite(size) else None  # JSON has no infinity
     if run.step == 0:
         mean_loss(run.model, run.wrap(FastTensor), batch)
-        facts |= {"gradients": grads, "operations": [[out.name, out.data] for out in tape]}
+        facts["gradients"] = grads
+        facts["operations"] = [[out.name, out.data] for out in tape]
         tape.clear()
     with reporting(f"cannot write {path}"), open(path, "ab") as file:
         file.write(json.dumps(facts).encode() + b"\n")
 
 # 19. Training ---------------------------------------------------------------------------------------------
-# A step takes the next documents, or pieces from random places of a stream; computes the loss and the
-# gradients; and lets the optimizer move the weights. To see if the model learns more than its documents,
-# some are held out: it never trains on them, and its loss on them is the validation loss. Where that rises
-# far above the training loss, the model has begun to memorize. Of 9,347 names, --val-fraction 0.1 holds out
-# 935.
+# A step takes the next documents; computes the loss and the gradients; and lets the optimizer move the
+# weights. With --batch-size 4, step 1 takes documents 0 to 3, step 2 takes 4 to 7, and so on, around and
+# around. A text without documents is one long stream, and each step takes pieces from random places in it.
+#
+# To see if the model learns more than its documents, some are held out: it never trains on them, and its mean
+# loss on up to 128 of them is the validation loss. Of 9,347 names, --val-fraction 0.1 holds out 935, of which
+# 117 are used. Where the validation loss rises far above the training loss, the model has begun to memorize.
 
 def next_batch(run, docs, size):
-    """Return the next batch: documents, cut after block_size + 1 tokens, or pieces of a stream that long."""
-    length = run.model.block_size + 1
+    """Return the next documents as lists of ids, cut after block_size + 1, or that much of a stream."""
+    length = run.model.block_size + 1  # the last token is only a target
     if run.args.stream:
         rng = random.Random(f"{run.args.seed} {run.step}")  # so a resumed run draws the same
         starts = [rng.randrange(len(docs[0]) - length + 1) for _ in range(size)]
-        windows = [docs[0][start : start + length] for start in starts]
+        pieces = [docs[0][start : start + length] for start in starts]
     else:
-        windows = [docs[(run.step * size + i) % len(docs)][:length] for i in range(size)]
-    return [list(map(ord, window)) for window in windows]
-
-def validate(run, held_out):
-    """Print the mean losses of training and validation, and keep the latter. Warn or stop if it is high."""
-    args, total, w = run.args, 0.0, run.wrap()
-    for ids in held_out:  # one at a time, to save memory
-        total += mean_loss(run.model, w, [ids]).data * (len(ids) - 1)
-        tape.clear()
-    validation = total / predictions(held_out)
-    check_finite([validation])
-    run.validations.append((run.step, validation))
-    loss = sum(run.recent) / max(1, len(run.recent))
-    text = f"step {run.step:4d} / {args.steps:4d}" + f" | loss {loss:.4f} on average" * bool(run.recent)
-    text += f" | validation {validation:.4f}"
-    if run.tokenizer.merges:  # for comparison with tokens of other lengths; BOS counts as a character
-        characters = sum(len(run.tokenizer.decode([i])) or 1 for ids in held_out for i in ids[1:])
-        text += f" | {total / characters:.4f} per character"
-    say(text.ljust(columns()) if on_terminal() else text)  # over the progress that stands there
-    above = (validation / max(loss, 1e-9) - 1) * 100 if run.recent else 0.0
-    run.recent.clear()
-    message = f"at step {run.step} the validation loss is {above:.0f}% above the training loss"
-    require(args.div_crit is None or above <= args.div_crit, message)
-    if above > (20 if args.div_warn is None else args.div_warn):
-        warn(f"warning: {message}")
+        first = run.step * size
+        pieces = [docs[i % len(docs)][:length] for i in range(first, first + size)]
+    return [list(map(ord, piece)) for piece in pieces]
 
 def update(run, grads):
     """Move the weights by one step of the optimizer."""
     args = run.args
-    optimizer = OPTIMIZERS[args.optimizer]
-    settings = {name: getattr(args, name) for name in [*signature(optimizer).parameters][6:]}
-    clipped = clip(grads, args.clip_grad) if args.clip_grad else grads
-    optimizer(run.weights, clipped, run.m, run.v, run.step, learning_rate(args, run.step), **settings)
+    settings = {name: getattr(args, name) for name in SETTINGS[args.optimizer]}
+    lr = learning_rate(args, run.step)
+    if args.clip_grad:
+        grads = clip(grads, args.clip_grad)
+    OPTIMIZERS[args.optimizer](run.weights, grads, run.m, run.v, run.step, lr, **settings)
+
+def train(run, docs, held_out, workers, signals):
+    """Make the steps that are left, or stop at a signal. Then save."""
+    args, first, begin = run.args, run.step, time.perf_counter()
+    while run.step < args.steps and not signals.caught:
+        batch = next_batch(run, docs, args.batch_size)
+        loss, grads = workers.loss_and_grads(run.model, run.weights, batch)
+        show_progress(run, loss, first, begin)
+        check_finite([loss], f"at step {run.step + 1}, ")
+        if args.trace:
+            write_trace(args.trace, run, batch, loss, grads)
+        update(run, grads)
+        run.step += 1
+        after_step(run, held_out, loss)
+    run.save()
 
 def after_step(run, held_out, loss):
     """Keep the loss, and do what is due after a step: validate, show a sample, save."""
@@ -1489,73 +1509,54 @@ def after_step(run, held_out, loss):
         except UserError as error:  # such as a full disk; the next time may be better
             warn(f"warning: {error}")
 
-def train(run, docs, held_out, signals):
-    """Train to the last step or a signal. Save then, and after any error but an overflow."""
-    args, first, begin = run.args, run.step, time.perf_counter()
-    if args.trace:
-        begin_trace(args.trace, run)
-    signals.training = True
-    workers = Workers(args.workers if run.step < args.steps else 1, ENGINES[args.engine])
-    try:
-        while run.step < args.steps and not signals.caught:
-            batch = next_batch(run, docs, args.batch_size)
-            loss, grads = workers.loss_and_grads(run.model, run.weights, batch)
-            show_progress(run, loss, first, begin)
-            check_finite([loss], f"at step {run.step + 1}, ")
-            if args.trace:
-                write_trace(args.trace, run, batch, loss, grads)
-            update(run, grads)
-            run.step += 1
-            after_step(run, held_out, loss)
-        run.save()
-    except (RuntimeError, OSError, MemoryError):
-        if run.step > first:
-            run.save()
-        if not signals.caught:  # of which a worker can die, too
-            raise
-    finally:
-        workers.stop()
-        if args.plot:
-            replace_file(args.plot, [loss_plot(run.losses, run.validations).encode()])
-    signals.training = False
-    if signals.caught:
-        raise KeyboardInterrupt
+def validate(run, held_out):
+    """Print the mean losses of training and validation, and keep the latter."""
+    w = run.wrap()
+    total, training = 0.0, None
+    for ids in held_out:  # one at a time, to save memory
+        total += mean_loss(run.model, w, [ids]).data * (len(ids) - 1)
+        tape.clear()
+    validation = total / predictions(held_out)
+    check_finite([validation])
+    run.validations.append((run.step, validation))
+    text = f"step {run.step:4d} / {run.args.steps:4d}"
+    if run.recent:
+        training = sum(run.recent) / len(run.recent)
+        text += f" | loss {training:.4f} on average"
+    text += f" | validation {validation:.4f}"
+    if run.tokenizer.merges:  # for comparison with tokens of other lengths; BOS counts as a character
+        characters = sum(len(run.tokenizer.decode([i])) or 1 for ids in held_out for i in ids[1:])
+        text += f" | {total / characters:.4f} per character"
+    say(text.ljust(columns()) if on_terminal() else text)  # over the progress that stands there
+    run.recent.clear()
+    if training:
+        compare_losses(run, training, validation)
 
-def find_files(patterns):
-    """Return the paths of the files that match some paths or patterns, each once, sorted."""
-    files = {}
-    for pattern in patterns:
-        found = [pattern]
-        if not os.path.exists(pattern):
-            found = list(filter(os.path.isfile, iglob(pattern, recursive=True)))
-        require(found, f"cannot read {pattern}: No such file or directory")
-        files.update((os.path.realpath(path), os.path.abspath(path)) for path in found)
-    return sorted(files.values())
+def compare_losses(run, training, validation):
+    """Warn or stop if the validation loss is far above the training loss."""
+    args, above = run.args, (validation / training - 1) * 100
+    message = f"at step {run.step} the validation loss is {above:.0f}% above the training loss"
+    require(args.div_crit is None or above <= args.div_crit, message)
+    if above > args.div_warn:
+        warn(f"warning: {message}")
 
-def read_text(path):
-    """Return the text of a UTF-8 file, with a line end at its end."""
-    with reporting(f"cannot read {path}"), open(path, encoding="utf-8-sig") as file:
-        text = file.read().replace("\ufeff", "")  # inside, where files were joined
-        require("\0" not in text, "it has NUL characters (is it UTF-16?)")
-    return text if text.endswith("\n") else text + "\n"
+# Where do the documents come from? Those of the corpus are shuffled, and the last ones are held out, but none
+# that is also trained on. After that, a document is a string of chr(id), as in section 11, with BOS on both
+# sides.
 
-def load_corpus(args, rng):
-    """Return documents to train on, shuffled, those held out, and facts on them. A stream is one document."""
-    text = "".join(map(read_text, args.corpus))
-    lines = [line.strip() for line in text.split("\n")]
-    docs = [text] if args.stream else [line for line in lines if line.strip("\u200b")]  # a zero-width space
-    digest = hashlib.sha256("\n".join(docs).encode()).hexdigest()
-    facts = {"paths": args.corpus, "documents": len(docs), "sha256": digest}
-    rng.shuffle(docs)
-    whole = text if args.stream else docs
-    cut = len(whole) - (max(1, round(len(whole) * args.val_fraction)) if args.val_fraction else 0)
-    require(cut > 0, f"there is too little text in {', '.join(args.corpus)}")
+def split(docs, args):
+    """Return documents, or the one text of a stream, in two parts: to train on, and to hold out."""
+    whole = docs[0] if args.stream else docs
+    cut = len(whole)
+    if args.val_fraction:
+        cut -= max(1, round(len(whole) * args.val_fraction))
+    require(cut > 0, f"there is too little text in {', '.join(args.corpus or ['docs'])}")
     if args.stream:
-        return [text[:cut]], [text[cut:]], facts
-    trained = set(docs[:cut])  # what is trained on is not held out, too
+        return [whole[:cut]], [whole[cut:]]
+    trained = set(docs[:cut])
     held_out = [doc for doc in docs[cut:] if doc not in trained]
     require(held_out or not args.val_fraction, "all documents to hold out are also among the others")
-    return docs[:cut], held_out, facts
+    return docs[:cut], held_out
 
 def new_run(args, docs, held_out, rng):
     """Return a new Run, with the merges that it learns from the documents."""
@@ -1565,60 +1566,44 @@ def new_run(args, docs, held_out, rng):
         tokenizer = BPETokenizer(tokenizer.tokens, merges)
     return Run(args, tokenizer, rng)
 
-def compare_corpus(run, corpus, docs):
-    """Say in a line what is new to a run that goes on with these documents."""
-    notes, old = [], run.corpus or {"paths": ["an unknown text"], "documents": 0}
-    if old != corpus:
-        then, now = [f"{', '.join(text['paths'])} ({text['documents']} documents)" for text in (old, corpus)]
-        notes.append(f"it was trained on {then}, and goes on with {now}")
-    unknown = Counter(char for doc in docs for char in doc if char not in run.tokenizer.ids)
-    if unknown:
-        chars, n = ", ".join(map(repr, sorted(unknown))), sum(unknown.values())
-        notes.append(f"the model was trained without {chars}, so {n} characters are left out")
-    if notes:
-        warn("note: " + "; ".join(notes))
+def tokenize(run, docs):
+    """Return documents as strings of chr(id), without those that have only unknown characters."""
+    boundary = "".join(map(chr, run.boundary))
+    return [boundary + doc + boundary for doc in run.tokenizer.merge(docs) if doc]
 
-def prepare(args, run, reads):
-    """Return the Run, a new one if it is None, the documents to train on as strings of chr(id), and at most
-    128 lists of ids to validate on, spread over all that is held out. Without `reads`, there are none."""
-    rng, docs, held_out = random.Random(args.seed), [], []
-    if reads:
-        docs, held_out, corpus = load_corpus(args, rng)
-        say(f"num docs: {len(docs)}")
-        if run:
-            compare_corpus(run, corpus, docs + held_out)
-        run = run or new_run(args, docs, held_out, rng)
-        run.corpus = corpus
-    say(f"vocab size: {run.tokenizer.vocab_size}")
-    say(f"num params: {sum(len(row) for (row,) in rows_of(run.weights))}")
-    edge, size, length = "".join(map(chr, run.edge)), args.block_size, sum(map(len, docs))
-    docs, held_out = [[edge + doc + edge for doc in run.tokenizer.merge(part) if doc]
-                      for part in (docs, held_out)]
-    require(docs or not reads, "the model knows none of these characters")
-    if docs and run.tokenizer.merges:
-        say(f"characters per token: {length / sum(len(doc.strip(edge)) for doc in docs):.2f}")
-    if docs and args.stream:
-        held_out = [doc[i : i + size + 1] for doc in held_out for i in range(0, len(doc) - 1, size)]
+def fit_context(args, docs, held_out):
+    """Return at most 128 lists of ids to validate on, spread over all that is held out. Say if documents will
+    be cut, and refuse a stream that is too short."""
+    size = args.block_size
+    if args.stream:
+        held_out = [text[i : i + size + 1] for text in held_out for i in range(0, len(text) - 1, size)]
         enough = len(docs[0]) > size and (held_out or not args.val_fraction)
         require(enough, f"a stream of {len(docs[0])} tokens is too short for a context of {size}")
-    elif any(len(doc) > size + 1 for doc in docs):
-        long = f"{sum(len(doc) > size + 1 for doc in docs)} of {len(docs)} documents are"
+    else:
+        long = sum(len(doc) > size + 1 for doc in docs)
         hint = "; --stream reads all of it" if len(docs) == 1 else ""
-        warn(f"note: {long} longer than --context {size}, and cut there{hint}")
-    held_out = [list(map(ord, doc[: size + 1])) for doc in held_out[:: len(held_out) // 128 + 1]]
-    return run, docs, held_out
+        if long:
+            long = f"{long} of {len(docs)} documents are"
+            warn(f"note: {long} longer than --context {size}, and cut there{hint}")
+    return [list(map(ord, doc[: size + 1])) for doc in held_out[:: len(held_out) // 128 + 1]]
 
 def learn(docs, **settings):
     """Return a Run, trained on a list of strings. Settings are flags by name: learn(docs, steps=500)."""
     args = FLAGS.parse_args(as_argv(settings))
-    run = new_run(args, docs, [], random.Random(args.seed))
-    edge = "".join(map(chr, run.edge))
-    train(run, [edge + doc + edge for doc in run.tokenizer.merge(docs)], [], Signals())
+    check(args)
+    docs, held_out = split(list(docs), args)
+    run = new_run(args, docs, held_out, random.Random(args.seed))
+    docs, held_out = tokenize(run, docs), tokenize(run, held_out)
+    train_and_keep(run, docs, fit_context(args, docs, held_out), Signals())
     say("")  # ends the line of the last loss
     return run
 
+# Which settings are fastest? --autotune tries them, three steps each, and shows the tokens per second: the
+# larger the batch, the more a worker or a GPU has to do at a time. The steps move the weights, but nothing is
+# saved.
+
 def time_steps(run, docs, engine, size, n):
-    """Return the seconds that a step takes, a mean of three, and how many predictions it makes."""
+    """Return the seconds that a step takes with n workers, a mean of three, and its number of predictions."""
     workers, batch = Workers(n, ENGINES[engine]), next_batch(run, docs, size)
     def step(): update(run, workers.loss_and_grads(run.model, run.weights, batch)[1])
     try:
@@ -1632,29 +1617,34 @@ def time_steps(run, docs, engine, size, n):
 
 def autotune(run, docs, given):
     """Time steps with each engine, batch size, and number of workers, and print the fastest as a command."""
-    args, best = run.args, (0,)
+    args, fastest, best = run.args, 0.0, {}
     require(run.step < args.steps, "--autotune needs steps to make", UsageError)
     engines = ["tensor", "vulkan"] if args.engine == "vulkan" else [args.engine]
     say("batch size  workers  engine  tokens/s  all steps")
     for engine, size, n in product(engines, args.batch_sizes, args.worker_counts):
-        if n <= size:
-            row = f"{size:10}  {n:7}  {engine:6}"
-            try:
-                seconds, tokens = time_steps(run, docs, engine, size, n)
-                say(f"{row}  {tokens / seconds:8.0f}  {duration(seconds * args.steps)}")
-                best = max(best, (tokens / seconds, size, n, engine))
-            except (RuntimeError, ArithmeticError, MemoryError) as error:
-                say(f"{row}  {reason(error)}")
-    require(len(best) > 1, "none of these works")
-    fastest = dict(zip(("batch_size", "workers", "engine"), best[1:]))
-    words = as_argv({**given, **dict.fromkeys(TUNED), **fastest})
-    say(shlex.join([os.path.basename(sys.executable), sys.argv[0], *words]))
+        row = f"{size:10}  {n:7}  {engine:6}"
+        if n > size:
+            continue
+        try:
+            seconds, tokens = time_steps(run, docs, engine, size, n)
+        except (RuntimeError, ArithmeticError, MemoryError) as error:
+            say(f"{row}  {reason(error)}")
+            continue
+        say(f"{row}  {tokens / seconds:8.0f}  {duration(seconds * args.steps)}")
+        if tokens / seconds > fastest:
+            fastest, best = tokens / seconds, {"batch_size": size, "workers": n, "engine": engine}
+    require(best, "none of these works")
+    flags = {name: value for name, value in {**given, **best}.items() if name not in TUNED}
+    say(shlex.join([os.path.basename(sys.executable), sys.argv[0], *as_argv(flags)]))
 
 # 20. The command line -------------------------------------------------------------------------------------
-# Nothing below changes what the model learns: you can stop here. Without flags, the numbers are those of the
-# reference. If something is wrong, standard error gets one line, and the exit status is 2 for the command
-# line, 128 plus its number for a signal, and 1 for everything else. A file is replaced only by its own
-# continuation.
+# Nothing below is about learning: you can stop here. A command line is a list of words, such as --steps=500.
+# FLAGS turns them into args, here with args.steps = 500; flags that are not given have their default values.
+# parse_args adds what a resumed run has to say, prepare turns the corpus into documents, and execute leads
+# from one to the next and then trains and shows samples.
+#
+# If something is wrong, standard error gets one line, and the exit status is 2 for the command line, 128 plus
+# its number for a signal, and 1 for everything else: after Ctrl-C, which is signal 2, it is 130.
 
 class UsageError(UserError): status = 2
 
@@ -1676,11 +1666,13 @@ def number(kind, low, high=math.inf):
 N = {"metavar": "N", "type": number(int, 0, 10**12)}
 COUNT = {"metavar": "N", "type": number(int, 1, 10**9)}
 COUNTS = {"metavar": "N,N", "type": lambda text: [COUNT["type"](word) for word in text.split(",")]}
-X, SHARE = [{"metavar": "X", "type": number(float, 0, high)} for high in (math.inf, 1)]
+X = {"metavar": "X", "type": number(float, 0)}
+SHARE = {"metavar": "X", "type": number(float, 0, 1)}
+TEXT = {"metavar": "TEXT", "type": lambda text: text.replace("\\n", "\n")}
 CORES = [2**i for i in range((os.cpu_count() or 1).bit_length())]
 FLAGS = Parser(prog="microgpt", usage="%(prog)s [flags]", allow_abbrev=False)
 
-flag = FLAGS.add_argument_group("basics").add_argument
+flag = FLAGS.add_argument_group("basics").add_argument  # from here on, flag(...) adds one to the group
 flag("--corpus", metavar="GLOB", action="append", help="text, a document per line; repeatable (input.txt)")
 flag("--stream", action="store_true", help="the corpus is one continuous text, not lines")
 flag("--n-layer", "--layers", **COUNT, default=1, help="number of layers (1)")
@@ -1690,7 +1682,7 @@ flag("--steps", **N, default=1000, help="total training steps (1000)")
 flag("--batch-size", **COUNT, default=1, help="documents per step (1)")
 flag("--save", metavar="FILE", help="save the run in this new file, for --resume")
 flag("--resume", metavar="FILE", help="continue this run; other flags override its own")
-flag("--prompt", metavar="TEXT", default="", help=r"what every sample begins with; \n is a line end")
+flag("--prompt", **TEXT, default="", help=r"what every sample begins with; \n is a line end")
 flag("--merges", "--vocab-size", **N, default=0, help="byte-pair merges to learn (0)")
 flag = FLAGS.add_argument_group("model").add_argument
 flag("--n-head", "--heads", **COUNT, default=4, help="attention heads per layer (4)")
@@ -1711,12 +1703,12 @@ flag("--seed", **N, default=42, help="seed of the random generator (42)")
 flag = FLAGS.add_argument_group("watching").add_argument
 flag("--val-fraction", **SHARE, default=0.0, help="share of the corpus to hold out for validation (0)")
 flag("--eval-every", **COUNT, default=100, help="validate every N steps (100)")
-flag("--div-warn", **X, help="warn if the validation loss is X %% above training (20)")
+flag("--div-warn", **X, default=20.0, help="warn if the validation loss is X %% above training (20)")
 flag("--div-crit", **X, help="stop if it is X %% above training")
 flag("--gen-every", **COUNT, help="show a sample every N steps")
 flag("--plot", metavar="FILE.svg", help="draw the loss")
 flag("--trace", metavar="FILE.jsonl", help="write a line of numbers for every step")
-flag("--explain", metavar="TEXT", help="show what the model makes of this text")
+flag("--explain", **TEXT, help="show what the model makes of this text")
 flag = FLAGS.add_argument_group("keeping").add_argument
 flag("--save-every", **COUNT, default=500, help="also save every N steps (500)")
 flag = FLAGS.add_argument_group("sampling").add_argument
@@ -1737,33 +1729,39 @@ TUNED = "autotune", "batch_sizes", "worker_counts"
 THIS_TIME = "save", "resume", "plot", "trace", "explain", *TUNED  # a checkpoint does not keep these
 
 def as_argv(flags):
-    """Return name -> value of flags as a command line."""
-    out = []
+    """Return name -> value of flags as the words of a command line."""
+    words = []
     for name, value in flags.items():
-        for each in value if isinstance(value, list) else [value]:
-            if each is not None and each is not False:
-                out.append(f"--{name.replace('_', '-')}" + ("" if each is True else f"={each}"))
-    return out
+        word = "--" + name.replace("_", "-")
+        if value is True:
+            words.append(word)
+        elif value is not None and value is not False:
+            values = value if isinstance(value, list) else [value]
+            words += [f"{word}={each}" for each in values]
+    return words
 
 def parse_args(argv):
-    """Return the flags, the Run to resume or None, name -> value of the flags given, and if text is read."""
+    """Return the flags, the Run to resume or None, the flags that were given, and if a corpus is needed."""
     defaults = vars(FLAGS.parse_args([]))
-    given = vars(FLAGS.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults))))
+    nothing = argparse.Namespace(**dict.fromkeys(defaults))  # here, flags that are not given stay None
+    given = vars(FLAGS.parse_args(argv, nothing))
     given = {name: value for name, value in given.items() if value is not None}
     run = load(given["resume"]) if "resume" in given else None
     args = argparse.Namespace(**{**(vars(run.args) if run else defaults), **given})
-    folder = os.path.dirname(globals().get("__file__", ""))  # a notebook's cell has no __file__
-    default = "input.txt" if os.path.exists("input.txt") else os.path.join(folder, "input.txt")
-    reads = run is None or run.step < args.steps or bool({"corpus", "val_fraction"} & set(given))
-    if reads:  # else the file has all that is needed
+    needs_corpus = run is None or run.step < args.steps or "corpus" in given or "val_fraction" in given
+    if needs_corpus:
+        folder = os.path.dirname(globals().get("__file__", ""))  # a notebook's cell has no __file__
+        default = "input.txt" if os.path.exists("input.txt") else os.path.join(folder, "input.txt")
         args.corpus = find_files(args.corpus or [default])
-    args.prompt = args.prompt.replace("\\n", "\n")
-    if args.div_warn is not None or args.div_crit is not None:  # these need a validation
+    if "div_warn" in given or "div_crit" in given:  # these need a validation
+        require(run is None or args.val_fraction, "the run to resume has no --val-fraction", UsageError)
         args.val_fraction = args.val_fraction or 0.1
     if run:
+        if args.save and os.path.realpath(args.save) == os.path.realpath(args.resume):
+            args.save = args.resume
         resume(run, args, given)
     check(args)
-    return args, run, given, reads
+    return args, run, given, needs_corpus
 
 def resume(run, args, given):
     """Let a run go on with flags given anew. Refuse those that would make it another run."""
@@ -1778,49 +1776,199 @@ def resume(run, args, given):
         require(same, "another --seed or --val-fraction would train on what was held out", UsageError)
     if args.seed != old.seed:
         run.rng.seed(args.seed)
-    args.save = args.save or (args.resume if more else None)
+    if more and args.save is None:
+        args.save = args.resume
     if args.optimizer != old.optimizer:
         warn(f"note: {args.optimizer} starts anew, without the running means of {old.optimizer}")
         run.m, run.v = zeros(run.weights), zeros(run.weights)
 
+def find_files(patterns):
+    """Return the paths of the files that match some paths or patterns, each file once, sorted."""
+    files = {}
+    for pattern in patterns:
+        found = [pattern]
+        if not os.path.exists(pattern):
+            found = list(filter(os.path.isfile, glob(pattern, recursive=True)))
+        require(found, f"cannot read {pattern}: No such file or directory")
+        for path in found:
+            files[os.path.realpath(path)] = os.path.abspath(path)  # a link and its file are one
+    return sorted(files.values())
+
+def read_text(path):
+    """Return the text of a UTF-8 file, with a line end at its end."""
+    with reporting(f"cannot read {path}"), open(path, encoding="utf-8-sig") as file:
+        text = file.read().replace("\ufeff", "")  # inside, where files were joined
+        require("\0" not in text, "it has NUL characters (is it UTF-16?)")
+    return text if text.endswith("\n") else text + "\n"
+
+def load_corpus(args, rng):
+    """Return documents to train on, documents held out, and facts about them. A stream is one document."""
+    text = "".join(map(read_text, args.corpus))
+    docs = [text]
+    if not args.stream:
+        docs = [line.strip() for line in text.split("\n")]
+        docs = [line for line in docs if line.strip("\u200b")]  # a zero-width space
+    digest = hashlib.sha256("\n".join(docs).encode()).hexdigest()
+    facts = {"paths": args.corpus, "documents": len(docs), "sha256": digest}
+    rng.shuffle(docs)
+    docs, held_out = split(docs, args)
+    return docs, held_out, facts
+
+def prepare(args, run, needs_corpus):
+    """Return the Run (a new one if it is None), tokenized documents to train on, and lists of ids to validate
+    on. A run that has made all its steps needs no corpus, and gets no documents."""
+    docs, held_out, rng = [], [], random.Random(args.seed)
+    if needs_corpus:
+        docs, held_out, corpus = load_corpus(args, rng)
+        say(f"num docs: {len(docs)}")
+        if run:
+            compare_corpus(run, corpus, docs + held_out)
+        run = run or new_run(args, docs, held_out, rng)
+        run.corpus = corpus
+        characters = sum(map(len, docs))
+        docs, held_out = tokenize(run, docs), tokenize(run, held_out)
+        require(docs, "the model knows none of these characters")
+        if run.tokenizer.merges:
+            tokens = sum(len(doc) - 2 * len(run.boundary) for doc in docs)
+            say(f"characters per token: {characters / tokens:.2f}")
+        held_out = fit_context(args, docs, held_out)
+    say(f"vocab size: {run.tokenizer.vocab_size}")
+    say(f"num params: {sum(len(row) for (row,) in rows_of(run.weights))}")
+    return run, docs, held_out
+
+def sample_of(run, rng):
+    args = run.args
+    return visible(run.generate(args.prompt, args.temperature, args.top_k, args.max_tokens, rng))
+
+def show(run):
+    """Print the samples and what --explain asks for."""
+    args = run.args
+    title = f"--- inference (new, hallucinated {'text' if args.stream else 'names'}) ---"
+    say(f"\n{title}" if args.samples else "")
+    for i in range(args.samples):
+        say(f"sample {i + 1:2d}: {sample_of(run, run.rng)}")
+    if args.explain is not None:
+        explain(run, (run.encode(args.explain) + run.boundary)[: args.block_size + 1])
+
+def execute(argv, signals):
+    """Do what a command line asks for, and return the exit status."""
+    run = None
+    try:
+        try:
+            args, run, given, needs_corpus = parse_args(argv)
+            run, docs, held_out = prepare(args, run, needs_corpus)
+            check_texts(run, args)
+            if args.autotune:
+                autotune(run, docs, given)
+            else:
+                if held_out and run.step >= args.steps:
+                    validate(run, held_out)
+                train_and_keep(run, docs, held_out, signals)
+                show(run)
+        finally:
+            sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        message, status = "interrupted", 128 + (signals.caught or 2)
+    except (RuntimeError, ArithmeticError, ValueError, MemoryError) as error:
+        message, status = f"error: {reason(error)}", getattr(error, "status", 1)
+    except OSError as error:  # the reading and writing of files has been reported
+        message, status = lost_output(error), 1
+    if message and run:
+        message += "; nothing was saved" if run.saved is None else f"; step {run.saved} is saved"
+    if message:
+        warn(message)
+    return status
+
+# The rest is for odd places and bad days: skip it until you need it.
+#
+# First, no command may destroy what is there. A checkpoint, a picture, or a trace never replaces a file that
+# this program would not have written there, and it is better to say so now than after hours.
+
 def check(args):
-    """Refuse flags that do not go together, and files that cannot be written: better now than after hours."""
-    heads, width, workers, size = args.n_head, args.n_embd, args.workers, args.batch_size
-    require(width % heads == 0, f"--heads {heads} does not divide --d-model {width}", UsageError)
-    large = 12 * args.n_layer * width**2 + args.block_size * width > 10**9
-    require(not large, "the model is too large", UsageError)
-    require(workers <= size, f"--workers {workers} is more than --batch-size {size}", UsageError)
+    """Refuse flags that do not go together, and files that cannot be written."""
+    heads, channels = args.n_head, args.n_embd
+    require(channels % heads == 0, f"--heads {heads} does not divide --d-model {channels}", UsageError)
+    workers = f"--workers {args.workers} is more than --batch-size {args.batch_size}"
+    require(args.workers <= args.batch_size, workers, UsageError)
+    weights = 12 * args.n_layer * channels**2 + args.block_size * channels  # and those of the vocabulary
+    require(weights <= 10**9, "the model is too large", UsageError)
     files = [*{args.save, args.resume}, args.plot, args.trace, *(args.corpus or [])]
     places = [os.path.realpath(path) for path in files if path]
     require(len(set(places)) == len(places), "a file is named for two purposes", UsageError)
-    for name, end, start in ("save", "", b""), ("plot", ".svg", b"<svg"), ("trace", ".jsonl", b'{"flags"'):
+    if exists("--save needs a file", args.save) and args.save != args.resume:
+        with reporting(f"cannot write {args.save}"), open(args.save, "rb") as file:
+            steps = json.loads(read_header(file)[0]["step"])
+        raise UsageError(f"{args.save} holds a run of {steps} steps: "
+                         f"go on with --resume {args.save}, or save under another name")
+    for name, end, start in ("plot", ".svg", b"<svg"), ("trace", ".jsonl", b'{"flags"'):
         path = getattr(args, name)
-        if path is not None:
-            good = path and path.endswith(end) and os.access(os.path.dirname(os.path.realpath(path)), os.W_OK)
-            what = f"--{name} needs a file{end and f' *{end}'} in a writable folder, not {path!r}"
-            require(good, what, UsageError)
-            if path != args.resume:
-                check_file(path, start)
+        if exists(f"--{name} needs a file *{end}", path, end):
+            with reporting(f"cannot write {path}"), open(path, "rb") as file:
+                begin = file.read(len(start))
+            require(start.startswith(begin), f"{path} holds something else", UsageError)
 
-def check_file(path, start):
-    """Refuse a file that cannot be written, or that does not begin as what this program writes there."""
+def exists(need, path, end=""):
+    """Return whether a path (or None) is that of a file. Refuse a path where none can be written."""
+    if path is None:
+        return False
     target = os.path.realpath(path)
+    good = path and path.endswith(end) and os.access(os.path.dirname(target), os.W_OK)
+    require(good, f"{need} in a writable folder, not {path!r}", UsageError)
     with reporting(f"cannot write {path}"):
         try:
             os.stat(target)  # which refuses a name that is too long
         except FileNotFoundError:
-            return
+            return False
         require(os.path.isfile(target), "it is not a file")
-        with open(target, "rb") as file:
-            steps = 0 if start else json.loads(read_header(file)[0]["step"])
-            begin = file.read(len(start))
-    message = f"{path} holds a run of {steps} steps: go on with --resume {path}, or save under another name"
-    require(start, message, UsageError)
-    require(start.startswith(begin), f"{path} holds something else", UsageError)
+    return True
+
+def compare_corpus(run, corpus, docs):
+    """Say in a line what is new to a run that goes on with these documents."""
+    notes, old = [], run.corpus or {"paths": ["an unknown text"], "documents": 0}
+    if old != corpus:
+        then, now = [f"{', '.join(text['paths'])} ({text['documents']} documents)" for text in (old, corpus)]
+        notes.append(f"it was trained on {then}, and goes on with {now}")
+    unknown = Counter(char for doc in docs for char in doc if char not in run.tokenizer.ids)
+    if unknown:
+        chars, n = ", ".join(map(repr, sorted(unknown))), sum(unknown.values())
+        notes.append(f"the model was trained without {chars}, so {n} characters are left out")
+    if notes:
+        warn("note: " + "; ".join(notes))
+
+def check_texts(run, args):
+    """Refuse what the model cannot know."""
+    run.encode(args.prompt)
+    explained = args.explain is None or len(run.encode(args.explain) + run.boundary) > 1
+    require(explained, "--explain needs two tokens at least", UsageError)
+
+# What a person sees. A terminal gets one line that changes in place and is never wider than the terminal. A
+# file or a pipe gets only what the original microgpt prints.
 
 def on_terminal(): return sys.stdout is sys.__stdout__ and sys.stdout.isatty()  # IDLE's window is none
 def columns(): return shutil.get_terminal_size().columns - 1
 def say(text): print(text, flush=True)  # at once, also into a file
+
+def warn(message):
+    """Print one line on standard error."""
+    if on_terminal():
+        print()  # leaves the progress where it is
+    print("microgpt: " + visible(message).replace("\n", "\\n"), file=sys.stderr, flush=True)
+
+def visible(text):
+    """Return a text with its control characters escaped, as they could hide what a terminal shows."""
+    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
+
+def width(text):
+    """Return how many columns of a terminal a text takes: Chinese characters take two, accents none."""
+    return sum(not unicodedata.combining(c) and 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+def pad(text, columns): return text + " " * (columns - width(text))
+
+def shades():
+    """Return five characters, from light to dark, that standard output can show."""
+    encoding, dark = getattr(sys.stdout, "encoding", None) or "utf-8", "·░▒▓█"
+    return dark if dark.encode(encoding, "replace").decode(encoding) == dark else ".:+%#"
 
 def duration(seconds):
     """Return a time as text: 0:00:42, or 3:20:00."""
@@ -1836,8 +1984,10 @@ def show_progress(run, loss, first, begin):
         text = f"{text} | {1 / seconds:.3g} steps/s, {left} of {whole} left"[: columns()].ljust(columns())
     print(text, end="\n" if "idlelib" in sys.modules else "\r", flush=True)  # IDLE has no \r
 
+# Signals, such as that of Ctrl-C. In training, the first one lets the step end, so that it can be saved. Any
+# other ends the run at once. Handlers belong to the process, which may be a notebook, so main puts them back.
+
 class Signals:
-    """A handler for signals: in training, the first one lets the step end; any other ends the run at once."""
     caught, training = 0, False
 
     def catch(self, number, frame):
@@ -1849,62 +1999,41 @@ class Signals:
         if on_terminal():
             os.write(2, b"\nmicrogpt: finishing this step; a second time ends at once\n")
 
-def visible(text):
-    """Return a text with its control characters escaped, as they could hide what a terminal shows."""
-    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
-
-def warn(message):
-    line = "\n" * on_terminal() + "microgpt: " + visible(message).replace("\n", "\\n")
-    print(line, file=sys.stderr, flush=True)
-
-def sample_of(run, rng):
-    args = run.args
-    return visible(run.generate(args.prompt, args.temperature, args.top_k, args.max_tokens, rng))
-
-def show(run):
-    """Print the samples and what --explain asks for."""
-    args = run.args
-    title = f"--- inference (new, hallucinated {'text' if args.stream else 'names'}) ---"
-    say(f"\n{title}" if args.samples else "")
-    for i in range(args.samples):
-        say(f"sample {i + 1:2d}: {sample_of(run, run.rng)}")
-    if args.explain is not None:
-        explain(run, (run.encode(args.explain) + run.edge)[: args.block_size + 1])
-
-def check_texts(run, args):
-    """Refuse what the model cannot know."""
-    run.encode(args.prompt)
-    explained = args.explain is None or len(run.encode(args.explain) + run.edge) > 1
-    require(explained, "--explain needs two tokens at least", UsageError)
-
-def execute(argv, signals):
-    """Do what a command line asks for, and return the exit status."""
-    run, message, status = None, "", 1
+@contextmanager
+def signals_wait(context):
+    """Hold signals back, so that none meets a worker that is only starting. (Windows cannot do this.)"""
+    mask = getattr(signal, "pthread_sigmask", None)
+    if context and mask and context.get_start_method() != "fork":
+        from multiprocessing import resource_tracker
+        resource_tracker.ensure_running()  # its start would let signals through again
+    before = mask and mask(signal.SIG_BLOCK, STOPS)
     try:
-        try:
-            args, run, given, reads = parse_args(argv)
-            run, docs, held_out = prepare(args, run, reads)
-            check_texts(run, args)
-            if args.autotune:
-                autotune(run, docs, given)
-            else:
-                if held_out and run.step >= args.steps:
-                    validate(run, held_out)
-                train(run, docs, held_out, signals)
-                show(run)
-            status = 0
-        finally:
-            sys.stdout.flush()
-    except KeyboardInterrupt:
-        message, status = "interrupted", 128 + (signals.caught or 2)
-    except (RuntimeError, ArithmeticError, MemoryError) as error:
-        message, status = f"error: {reason(error)}", getattr(error, "status", 1)
-    except OSError as error:  # the reading and writing of files has been reported
-        message = lost_output(error)
-    if message:
-        saved = f"step {run.saved} is saved" if run and run.saved is not None else "nothing was saved"
-        warn(message + f"; {saved}" * (run is not None))
-    return status
+        yield
+    finally:
+        if mask:
+            mask(signal.SIG_SETMASK, before)
+
+def train_and_keep(run, docs, held_out, signals):
+    """Train. If something ends it early, other than an overflow, save the steps made. Draw the plot."""
+    args, first = run.args, run.step
+    if args.trace:
+        begin_trace(args.trace, run)
+    signals.training = True
+    workers = Workers(args.workers if first < args.steps else 1, ENGINES[args.engine])
+    try:
+        train(run, docs, held_out, workers, signals)
+    except (RuntimeError, OSError, MemoryError):
+        if run.step > first:
+            run.save()
+        if not signals.caught:  # of which a worker can die, too
+            raise
+    finally:
+        workers.stop()
+        if args.plot:
+            replace_file(args.plot, [loss_plot(run.losses, run.validations).encode()])
+    signals.training = False
+    if signals.caught:
+        raise KeyboardInterrupt
 
 def lost_output(error):
     """Return what to say when standard output cannot be written to: nothing if its reader has gone."""
@@ -1912,32 +2041,32 @@ def lost_output(error):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again on exit
     return "" if isinstance(error, BrokenPipeError) else f"error: cannot write the output: {reason(error)}"
 
-def main(argv=()):
-    """Run a command line, return its exit status, and leave the process as it was."""
-    collects, signals, before = gc.isenabled(), Signals(), {}
-    if sys.implementation.name != "pypy":  # which has no other way to free memory
+def main(argv=(), ends=False):
+    """Run a command line, return its exit status, and leave the process as it was, unless it ends now."""
+    collects, signals, before, status = gc.isenabled(), Signals(), {}, 1
+    if not PYPY:  # which has no other way to free memory
         gc.disable()  # training makes no reference cycles
     try:
         if threading.current_thread() is threading.main_thread():  # only there can handlers be set
             for number in STOPS:
                 if signal.getsignal(number) not in (None, signal.SIG_IGN):  # nohup sets it
                     before[number] = signal.signal(number, signals.catch)
-        return execute(argv, signals)
+        status = execute(argv, signals)
+        return status
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, handler in before.items():  # in a process that ends, one more must not change the status
+            signal.signal(number, signal.SIG_IGN if ends and status else handler)
         tape.clear()
         if collects:
             gc.enable()
 
 if __name__ == "__main__":
+    alone = sys.stdout is sys.__stdout__  # not so in IDLE and in notebooks
     for name in "stdout", "stderr":
-        if getattr(sys, name) is getattr(sys, f"__{name}__"):  # not so in IDLE and in notebooks
-            setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # None: closed from the start
-            getattr(sys, name).reconfigure(errors="backslashreplace")  # a terminal may lack a character
-    exit_status = main(sys.argv[1:] if "__file__" in globals() else ())  # a notebook's cell has none
+        stream = getattr(sys, name) or open(os.devnull, "w")  # None: closed from the start
+        setattr(sys, name, stream)
+        if alone:
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack a character
+    exit_status = main(sys.argv[1:] if "__file__" in globals() else (), ends=alone)  # a cell has no __file__
     if exit_status:
-        with suppress(ValueError):  # in a thread
-            for number in STOPS if sys.stdout is sys.__stdout__ else ():
-                signal.signal(number, signal.SIG_IGN)  # one more must not change the status
         sys.exit(exit_status)
