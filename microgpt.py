@@ -50,7 +50,7 @@ def read_documents(path):
 # how to begin and when to stop. With the letters a to z, "emma" becomes [26, 4, 12, 12, 0, 26].
 
 class CharTokenizer:
-    """Converts text to ids and back. The characters get the first ids, and BOS gets the last."""
+    """Convert text to ids and back. The characters get the first ids, and BOS gets the last."""
     def __init__(self, docs):
         self.tokens = sorted(set("".join(docs)))
         self.ids = {char: i for i, char in enumerate(self.tokens)}
@@ -84,11 +84,11 @@ class CharTokenizer:
 #     a = 2 --- slope 3 (= b) ---'                            > c = 8
 #       '--------------------- slope 1 ----------------------'
 #
-# A gradient is the slope over the whole way, here to c. Along a path in the picture, slopes multiply: raising
-# b by 0.001 raises a * b by 0.002, and that raises c by 0.002. Where paths meet, their products add up: for
-# a, the gradient is 3 * 1 + 1 = 4. (Check: a = 2.001 makes c = 8.004.) To apply this rule to all Values, we
-# put every result on a list, the tape (or Wengert list), here [a * b, c]. Then we walk the tape backward,
-# and each result adds its own gradient, times the slope for an input, to that input's gradient:
+# A gradient is the slope all the way to the end, here c. Along a path in the picture, slopes multiply:
+# raising b by 0.001 raises a * b by 0.002, and that raises c by 0.002. Where paths meet, their products add
+# up: the gradient of a is 3 * 1 + 1 = 4. (Check: a = 2.001 makes c = 8.004.) To apply this rule to all
+# Values, we put every result on a list, the tape (or Wengert list), here [a * b, c]. Then we walk the tape
+# backward, and each result adds its own gradient, times the slope for an input, to that input's gradient:
 #
 #     c       has gradient 1: c changes one-to-one with itself. It passes 1 * 1 to a * b, and 1 * 1 to a.
 #     a * b   has gradient 1. It passes 1 * 2 to b, which now has 2, and 1 * 3 to a, which now has 1 + 3 = 4.
@@ -122,7 +122,7 @@ class Value:
             return Value(self.data * other.data, (self, other), (other.data, self.data))
         return Value(self.data * other, (self,), (other,))
 
-    # The next four slopes come from a formula book. To test one: 3.001**2 is 9.006, so the slope at 3 is 6.
+    # The next four slopes come from a calculus book. To test one: 3.001**2 is 9.006, so the slope at 3 is 6.
     def __pow__(self, k):  # k is a plain number. The slope of a**k is k * a ** (k - 1).
         return Value(self.data**k, (self,), (k * self.data ** (k - 1),))
 
@@ -146,7 +146,7 @@ class Value:
             source.grad += slope * self.grad
 
     def backward(self):
-        """Add to the grad of every Value that this one, the loss, was computed from. Empty the tape: earlier
+        """Add gradients to the grad of all Values that led to this one, the loss. Empty the tape: earlier
         results no longer pass gradients on. Raise RuntimeError if the loss is not on the tape."""
         if self not in tape:
             raise RuntimeError("the tape does not hold this loss: compute it again (to use two, add them up)")
@@ -200,10 +200,10 @@ def rmsnorm(row):
 # finds weights that make queries match useful keys.
 #
 # The score of a match is the dot product of a query and a key. It is large when both have large numbers of
-# the same sign in the same places. In a sum of n such products, plus and minus partly cancel, and the sum is
-# typically sqrt(n) times as large as one product. When scores are far apart, softmax gives nearly everything
-# to the largest, so we divide each score by sqrt(n). Softmax turns the scores into shares, and the result is
-# the mean of the values, weighted by the shares. Suppose that n = 4, and m's row has the query [2, 0, 1, 1]:
+# the same sign in the same places. The score is a sum of n products that partly cancel, so it is typically
+# sqrt(n) times as large as one product. When scores are far apart, softmax gives nearly everything to the
+# largest, so we divide each score by sqrt(n). Softmax turns the scores into shares, and the result is the
+# mean of the values, weighted by the shares. Suppose that n = 4, and m's row has the query [2, 0, 1, 1]:
 #
 #     row    key             score                                       share    value
 #     BOS    [0, 1, 0, 0]    (2 * 0 + 0 * 1 + 1 * 0 + 1 * 0) / 2 = 0     0.09     [5, ...]
@@ -299,8 +299,8 @@ class Matrix:
 # 5. GPT ---------------------------------------------------------------------------------------------------
 # A row begins as its token's embedding plus its position's embedding. (Without positions, one layer could not
 # tell "ema" from "mea".) Each layer then changes the row twice. Attention adds what the row has gathered. An
-# MLP (multilayer perceptron: linear, relu, linear) adds what follows from it: behind a relu, a number can be
-# positive only where several things about the row come together. At the end, lm_head makes 27 scores, logits.
+# MLP (multilayer perceptron: linear, relu, linear) adds what follows from it: after a relu, a number can be
+# positive only where several things about the row come together. Last, lm_head makes 27 scores, the logits.
 #
 # Replacing x with x + f(x), not with f(x), is called a residual connection. In a chain of f alone, slopes
 # multiply, and twenty slopes of 0.5 leave a millionth of the gradient. The slope of x + f(x) is 1 plus the
@@ -308,7 +308,7 @@ class Matrix:
 
 @dataclass(frozen=True)  # writes __init__: GPT(27) sets vocab_size to 27 and keeps the defaults below
 class GPT:
-    """A model: its sizes, and what it computes. It holds no weights; each step makes new Values of them."""
+    """A model: its sizes, and what it computes. The weights are separate; each step wraps them in Values."""
     vocab_size: int       # distinct tokens
     n_layer: int = 1
     n_embd: int = 16      # channels in a row
@@ -336,8 +336,8 @@ class GPT:
 
     def initial_weights(self, rng):
         """Return name -> rows of floats, drawn by rng with mean 0 and standard deviation 0.08. If all weights
-        were equal, all channels would be, and training would keep them so. As they are small, the first
-        guesses are nearly even."""
+        were equal, all channels would be, and training would keep them equal. As the weights are small, the
+        first guesses are nearly even."""
         weights = {}
         for name, (rows, columns) in self.shapes().items():
             weights[name] = [[rng.gauss(0, 0.08) for _ in range(columns)] for _ in range(rows)]
@@ -416,7 +416,7 @@ def loss_and_grads(model, weights, batch, engine=Matrix):
     return loss.data, {name: matrix.grad for name, matrix in w.items()}
 
 def sample(model, weights, bos, temperature, rng):
-    """Return the ids of a new document, at most block_size of them, without BOS. This clears the tape."""
+    """Return the ids of a new document, at most block_size of them, without BOS. Clear the tape."""
     w = {name: Matrix.wrap(rows) for name, rows in weights.items()}
     out, token, cache = [], bos, model.new_cache()
     for position in range(model.block_size):
@@ -479,7 +479,7 @@ def require(condition, what, error=UserError):
         raise error(what)
 
 def reason(error):
-    """Return what to say of an error. That of a system call has a strerror; a MemoryError has no text."""
+    """Return what to say about an error. An OSError has a strerror; a MemoryError has no text."""
     return getattr(error, "strerror", None) or str(error) or "there is not enough memory"
 
 @contextmanager
@@ -492,10 +492,10 @@ def reporting(what):
 
 # 9. The same operations, a matrix at a time ---------------------------------------------------------------
 # For a name of eight letters, part one puts 38,000 Values on the tape. A Tensor holds the numbers of a whole
-# matrix, so it takes only 18 Tensors, one for each operation. In place of slopes, a Tensor has a rule: a
-# function that takes g, the gradient of the result, and passes on the gradients of the inputs. The comment
-# above each operation derives its rule. Names, arguments, and numbers are those of part one, so a model works
-# with either kind of matrix.
+# matrix, so part two needs only 18 Tensors, one for each operation. In place of slopes, a Tensor has a rule:
+# a function that takes g, the gradient of the result, and passes on the gradients of the inputs. The comment
+# above each operation derives its rule. Names, arguments, and (up to rounding) numbers are those of part one,
+# so a model works with either kind of matrix.
 #
 # In the product A B of two matrices, each number is the dot product of a row of A and a column of B. W^T, the
 # transpose of W, has the columns of W as rows, and the rows of W as columns. So linear, the dot products of
@@ -578,9 +578,9 @@ class Tensor:
             w.receive(self.matmul(transpose(g), transpose(self.data)))
         return self.result("linear", self.matmul(self.data, w.data), rule)
 
-    # y = s x, where s = 1 / sqrt(mean square). Raising x[i] by h raises y[i] by s h. It also raises the mean
-    # square by 2 x[i] h / n, which lowers s by s^3 x[i] h / n, and so every y[j] by s h y[i] y[j] / n. All
-    # in all, dx[i] = s (g[i] - y[i] (y.g) / n), where y.g is the dot product.
+    # y = s x, where s = M^-0.5 and M is the mean square. Raising x[i] by h raises y[i] by s h, and M by
+    # 2 x[i] h / n. The slope of s is -0.5 M^-1.5 = -s^3 / 2. So s falls by s^3 x[i] h / n, and y[j] = s x[j]
+    # by s h y[i] y[j] / n. Together, dx[i] = s (g[i] - y[i] (y.g) / n), where y.g is the dot product.
     def rmsnorm(self):
         scales = [(sumprod(row, row) / len(row) + 1e-5) ** -0.5 for row in self.data]
         y = [[a * scale for a in row] for row, scale in zip(self.data, scales)]
@@ -602,11 +602,11 @@ class Tensor:
     #
     #     S = Q K^T / sqrt(size)    P = softmax of each row of S    Y = P V
     #
-    # Y is linear with P for X and V^T for W. So dP = g V^T, and (dV)^T = g^T P, which is dV = P^T g. For the
-    # softmax, raising s[i] by h raises p[i] by h p[i], and making the sum 1 again lowers every p[j] by
-    # h p[j] p[i]. So ds[i] = p[i] (dp[i] - sum of p[j] dp[j]). Then dQ = dS K / sqrt(size) and
-    # dK = dS^T Q / sqrt(size), as in linear. One call of matmuls makes the products of all documents and
-    # heads, for the sake of the GPU. The rule is for an empty cache, as in training.
+    # Y = P V is X W^T with P for X and V^T for W. So dX = g W becomes dP = g V^T, and dW = g^T X becomes
+    # (dV)^T = g^T P. Transposing a product swaps its factors: dV = P^T g. For the softmax, raising s[i] by h
+    # multiplies e^s[i] by 1 + h: p[i] gains h p[i], and dividing by the new sum takes h p[i] p[j] from every
+    # p[j]. So ds[i] = p[i] (dp[i] - sum of p[j] dp[j]). Then dQ = dS K / sqrt(size) and
+    # dK = dS^T Q / sqrt(size), as in linear. The rule is for an empty cache, as in training.
     @staticmethod
     def softmax_rule(p, dp):
         """Return dS from P and dP."""
@@ -631,7 +631,7 @@ class Tensor:
             later = range(len(scores) - 1, -1, -1)  # how many rows come after each: it must not see them
             ps.append([probabilities(row[: len(row) - n]) + [0.0] * n for row, n in zip(scores, later)])
 
-        def join(parts):  # put the heads of each document side by side
+        def join(parts):  # the heads [[1], [2]] and [[3], [4]] of a document become the rows [1, 3], [2, 4]
             groups = [parts[i : i + n_head] for i in range(0, len(parts), n_head)]
             return [list(chain(*rows)) for group in groups for rows in zip(*group)]
         def rule(g):
@@ -648,8 +648,8 @@ class Tensor:
         out.shares = ps  # for --explain
         return out
 
-    # The loss of a row of scores z is log(sum of e^z) - z[target]. The first has the slopes p, the second -1.
-    # So with n rows, dz = (p - 1 at the target, p elsewhere) / n.
+    # The loss of a row of scores z is log(sum of e^z) - z[target]. The first term has the slopes p, the
+    # second -1. So with n rows, dz = (p - 1 at the target, p elsewhere) / n.
     def cross_entropy(self, targets):
         loss = 0.0
         for row, target in zip(self.data, targets):
@@ -665,8 +665,8 @@ class Tensor:
 # 10. Faster products --------------------------------------------------------------------------------------
 # Nearly all the time goes to dot products, and there to the interpreter's loop rather than to arithmetic. Two
 # tricks make the products faster. First, the loop is written out: for vectors of length 3, we let Python
-# compile this function, once. That makes a step 1.5 times as fast on CPython 3.11 and PyPy, and 1.1 times on
-# Python 3.12, whose math.sumprod is a fast loop:
+# compile this function, once. (The comma before "in" is for length 1.) That makes a step 1.5 times as fast on
+# CPython 3.11 and PyPy, and 1.1 times on Python 3.12, whose math.sumprod is a fast loop:
 #
 #     def product(rows, columns):
 #         out = []
@@ -677,10 +677,12 @@ class Tensor:
 #             out.append(row)
 #         return out
 #
-# Second, after a relu most numbers are 0, in a trained model six out of seven. A product with such a matrix
-# skips them. Nor does relu pass on a gradient where its result is 0, so a linear that follows need not
-# compute the gradient there. That makes a step 1.05 times as fast with 16 channels, and 1.3 times with 64.
-# PyPy has a compiler of its own. It does better with nothing skipped, and with longer vectors written out.
+# Second, after a relu, most numbers are 0: six out of seven in a trained model. A product with such a matrix
+# skips them. Relu passes on no gradient where its result is 0, so the rule of the next linear need not
+# compute the gradient there: that is what `where` is for. Skipping makes a step 1.05 times as fast with 16
+# channels, and 1.3 times with 64. PyPy has a compiler of its own. It does better with nothing skipped, and
+# with longer vectors written out. To try it all, pass FastTensor as the last argument of loss_and_grads in
+# section 8.
 
 PYPY = sys.implementation.name == "pypy"
 LONGEST = 256 if PYPY else 15 if hasattr(math, "sumprod") else 64  # for longer ones, a loop does as well
@@ -690,13 +692,14 @@ def products(n):
     """Return a matmul for rows and columns of length n, written out if it is short."""
     if n > LONGEST:
         return Tensor.matmul
-    a, b = [[f"{x}{i}" for i in range(n)] for x in "ab"]
+    a, b = [f"a{i}" for i in range(n)], [f"b{i}" for i in range(n)]
+    terms = "+".join([f"{x}*{y}" for x, y in zip(a, b)])
     source = f"""def product(rows, columns):
         out = []
         for {','.join(a)}, in rows:
             row = []
             for {','.join(b)}, in columns:
-                row.append({'+'.join(map('{}*{}'.format, a, b))})
+                row.append({terms})
             out.append(row)
         return out"""
     exec(source, names := {})
@@ -707,7 +710,7 @@ class FastTensor(Tensor):
     @staticmethod
     def matmul(rows, columns, where=None):
         """Return what Tensor.matmul does, with products written out and zeros skipped. If `where` is Sparse,
-        compute only what stands in the places of its numbers that are not 0."""
+        compute only the places where its numbers are not 0."""
         if PYPY:
             return products(len(rows[0]))(rows, columns)
         if isinstance(where, Sparse):
@@ -727,7 +730,7 @@ class FastTensor(Tensor):
         return out
 
 def rows_of(*dictionaries):
-    """Yield the rows that belong together in weights, gradients, running means."""
+    """Yield the rows that belong together in weights, gradients, and running means."""
     for name in dictionaries[0]:
         yield from zip(*[each[name] for each in dictionaries])
 
@@ -753,8 +756,8 @@ def fast_adam(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8):
 # merges a pair, from left to right.
 
 def learn_merges_slowly(docs, n, first_id):
-    """Return the first n merges, (left id, right id), whose own ids begin at first_id. Or fewer, if no pair
-    is left that occurs twice."""
+    """Return the first n merges, (left id, right id), whose own ids begin at first_id. Return fewer if no
+    remaining pair occurs twice."""
     merges = []
     while len(merges) < n:
         counts = Counter(pair for doc in docs for pair in map(add, doc, doc[1:]))
@@ -767,14 +770,14 @@ def learn_merges_slowly(docs, n, first_id):
 
 # This counts all pairs anew for every merge: 200 merges of input.txt take 6 seconds. The function below takes
 # 0.2 seconds, because it counts once, and then corrects only the counts of pairs next to a replaced pair. In
-# xababy, with M for ab, the result is xMMy. To find what has changed, it splits the text at ab, into the
-# pieces x, "", and y: the last letter of x now meets M, not a; the first letter of y follows M, not b; and at
-# the empty piece, two M have replaced ab and ab, between which there was ba.
+# xababy, with M for ab, the result is xMMy. To find what has changed, the function splits the text at ab,
+# into the pieces x, "", and y: the last letter of x now meets M, not a; the first letter of y follows M, not
+# b; and at the empty piece, MM has replaced abab, which had ba in the middle.
 #
-# To find the most frequent pair, it keeps pairs on a heap, a list from which the smallest entry is quick to
-# take, here that with the lowest -count. A new pair is put on the heap. When a count falls, its entry stays,
-# and is too high. So when an entry comes up, compare it with the count; if it is too high, put it back
-# corrected.
+# To find the most frequent pair, the function keeps pairs on a heap, a list from which the smallest entry is
+# quick to take, here the entry with the lowest -count. A new pair is put on the heap. When a count falls, the
+# old entry stays, and may claim more than the pair has left. So when an entry comes up, compare it with the
+# count; if it claims too much, put it back corrected.
 
 BETWEEN = chr(0x10FFFF)  # stands between documents and is part of no pair
 
@@ -797,15 +800,15 @@ def learn_merges(docs, n, first_id):
         touching = pieces[1:-1].count("")  # how often two of the pair stand side by side
         changes = Counter({merged + merged: touching, right + left: -touching})
         for char, times in Counter(piece[-1] for piece in pieces[:-1] if piece).items():
-            changes[char + left] -= times
+            changes[char + left] -= times  # char left is now char merged
             changes[char + merged] += times
         for char, times in Counter(piece[0] for piece in pieces[1:] if piece).items():
-            changes[right + char] -= times
+            changes[right + char] -= times  # right char is now merged char
             changes[merged + char] += times
         for other, change in changes.items():
             if BETWEEN not in other:
                 counts[other] += change
-                if change > 1:  # then the pair has the new token in it: no other count rises
+                if change > 1:  # only a pair with the new token gains, and it is new: this is its count
                     heappush(heap, (-change, other))
         counts[pair] = 0  # in aaa, the pair aa was counted twice, though only one could be replaced
     return merges
@@ -835,16 +838,16 @@ class BPETokenizer(CharTokenizer):
         return list(map(ord, self.merge([text])[0]))
 
 # 12. The GPU ----------------------------------------------------------------------------------------------
-# A GPU multiplies thousands of numbers at once, but they must travel there and back. For a product of m x k
-# by k x n numbers, measured on CPython 3.11, with a driver that lets two cores play the GPU:
+# A GPU multiplies thousands of numbers at once, in single precision, but they must travel there and back. For
+# a product of m x k by k x n numbers, measured on CPython 3.12 with an NVIDIA H200:
 #
 #                 the trip    for each of m k + k n + m n numbers    for each of m n k multiplications
-#     Python      0           0                                      28 ns
-#     the GPU     130 us      18 ns, to pack it                      0.2 ns
+#     Python      0           0                                      20 ns
+#     the GPU     0.3 ms      25 ns, to pack it                      less than 0.1 ns
 #
-# With m = k = n = 17, both take about 0.14 ms; with 64, Python takes 7 ms and the GPU 0.4. A trip costs as
-# much for many products as for one, so those of all documents and heads go at once. The engine `vulkan` sends
-# the products that gain through a second file, vulkan_gemm.py, which measures these costs at the start.
+# With m = k = n = 26, both take 0.35 ms; with 128, Python takes 42 ms and the GPU 1.6. A trip costs as much
+# for many products as for one, so those of all documents and heads go at once. The engine `vulkan` sends the
+# products that gain through a second file, vulkan_gemm.py, which measures these costs at the start.
 
 @lru_cache(maxsize=None)
 def gpu_matmuls():
@@ -853,7 +856,7 @@ def gpu_matmuls():
         from vulkan_gemm import VulkanGemm, offload
         gpu = VulkanGemm()
     atexit.register(gpu.close)
-    return offload(gpu, FastTensor.matmuls)
+    return offload(gpu, FastTensor.matmuls)  # at each call, it takes the one that will be faster
 
 class VulkanTensor(FastTensor):
     """The engine `vulkan`: a FastTensor with its large products on the GPU, which skips nothing."""
@@ -865,13 +868,14 @@ class VulkanTensor(FastTensor):
 ENGINES = {"scalar": Matrix, "tensor": FastTensor, "vulkan": VulkanTensor}
 
 # 13. All the cores ----------------------------------------------------------------------------------------
-# Python runs one thread at a time, so the work is shared among processes, the workers. At each step, every
-# worker gets the weights and a share of the batch through a pipe, and sends back the loss and the gradients
-# of its share. Only this process moves the weights. The loss of the batch is the mean over all predictions:
-# a loss of 2 over 6 predictions and one of 3 over 4 make 0.6 * 2 + 0.4 * 3 = 2.4. The gradients are averaged
-# likewise. A worker begins as a copy of this process (fork) or, where that is not safe, as a new Python that
-# imports this file (spawn). If this process ends, the pipes close, and the workers end, too.
+# Python usually runs one thread at a time, so the work is shared among processes, the workers. At each step,
+# every worker gets the weights and a share of the batch through a pipe, and sends back the loss and the
+# gradients of its share. Only this process moves the weights. The loss of the batch is the mean over all
+# predictions: a loss of 2 over 6 predictions and one of 3 over 4 make 0.6 * 2 + 0.4 * 3 = 2.4. The gradients
+# are averaged likewise. A worker begins as a copy of this process (fork) or, where that is not safe, as a new
+# Python that imports this file (spawn). If this process ends, the pipes close, and the workers end, too.
 
+# The signals that ask a program to stop, of which not every system has all
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK", "SIGXCPU")
          if hasattr(signal, name)]
 
@@ -880,7 +884,7 @@ def work(pipe, others, engine):
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)  # signals are for the parent, which lets the step end
     for other in others:
-        other.close()  # a fork copies the parent's ends, which would keep the pipes open
+        other.close()  # our copies of the parent's ends: a pipe ends only when every copy is closed
     with suppress(EOFError, OSError):  # the parent has ended
         while True:
             model, weights, batch = pipe.recv()
@@ -899,11 +903,11 @@ class Workers:
         context = multiprocessing.get_context(
             "fork" if sys.platform == "linux" and engine is not VulkanTensor else "spawn")
         try:
-            with reporting("cannot start the workers"), signals_wait(n > 1 and context):
+            with reporting("cannot start the workers"), signals_wait(context if n > 1 else None):
                 for _ in range(n if n > 1 else 0):
                     here, there = context.Pipe()
                     self.pipes.append(here)
-                    ends = self.pipes if context.get_start_method() == "fork" else []  # what it copies
+                    ends = self.pipes if context.get_start_method() == "fork" else []
                     process = context.Process(target=work, args=(there, ends, engine), daemon=True)
                     process.start()
                     self.processes.append(process)
@@ -956,9 +960,9 @@ from itertools import product, takewhile
 #     gain and bias            Each norm has learned factors and offsets, in case another scale serves better.
 #     a bias in each linear    It is added to the sums, so that a row of zeros need not give zeros.
 #     GELU for relu            2, 0, -2 become 1.95, 0, -0.05: like relu, but some gradient passes below 0.
-#     the first norm is last   The logits have the same scale, however many layers there are.
-#     wte serves as lm_head    Both have a row for each token. It gets the gradients of both uses.
-#     small attn_wo, mlp_fc2   What is added to x does not grow with the number of layers.
+#     a norm at the end        It replaces the first norm. The logits have the same scale at any depth.
+#     wte serves as lm_head    Both have a row for each token. wte gets the gradients of both uses.
+#     small attn_wo, mlp_fc2   They start smaller, so that many layers together do not add too much to x.
 #
 # Dropout, which sets random channels to 0 in training, is left out. A gain or a bias is a matrix with one
 # row, which embed() repeats.
@@ -1072,8 +1076,8 @@ def rmsprop(weights, grads, m, v, step, lr, beta2=0.99, eps=1e-8):
             v_row[i] = beta2 * v_row[i] + (1 - beta2) * g[i] * g[i]
             w[i] -= lr * g[i] / (math.sqrt(v_row[i]) + eps)
 
-# Adam (section 6) does both. AdamW (Loshchilov and Hutter 2019) first pulls each weight toward 0, by
-# w -= lr weight_decay w, so that only weights that are needed stay large.
+# Adam (section 6) does both, with corrected means. AdamW (Loshchilov and Hutter 2019) first pulls each weight
+# toward 0, by w -= lr weight_decay w, so that only weights that are needed stay large.
 def adamw(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8, weight_decay=0.01):
     for (w,) in rows_of(weights):
         w[:] = [a - lr * weight_decay * a for a in w]
@@ -1105,12 +1109,12 @@ def clip(grads, limit):
     return {name: [[g * scale for g in row] for row in rows] for name, rows in grads.items()}
 
 # 16. Sampling ---------------------------------------------------------------------------------------------
-# Section 7 draws from all tokens. Two flags make it more careful. At --temperature 0, it takes the likeliest
-# token. With --top-k, it draws only from the k likeliest, so that no odd one spoils a text: of the scores 2,
-# 1, 0, --top-k 2 leaves the first two, with the probabilities 0.73 and 0.27.
+# Section 7 draws from all tokens. Two flags make sampling more careful. At --temperature 0, it takes the
+# likeliest token. With --top-k, it draws only from the k likeliest, so that no odd token spoils a text: of
+# the scores 2, 1, 0, --top-k 2 leaves the first two, with the probabilities 0.73 and 0.27.
 #
 # A text can outgrow the context. When all positions are taken, the model starts over at position 0 with the
-# end of the text, half a context long. With a context of 4, if e follows "abcd", it reads "de" from there.
+# end of the text, half a context long. With a context of 4, if e follows "abcd", the model next reads "de".
 
 class Overflow(ArithmeticError):
     """The numbers of the model have become too large."""
@@ -1129,7 +1133,7 @@ def draw(logits, temperature, top_k, rng):
     candidates = range(len(logits))
     if top_k:
         candidates = nlargest(top_k, candidates, key=lambda i: logits[i])
-        candidates.sort()  # by id, so that equal draws choose as they do without top_k
+        candidates.sort()  # by id, the order that they have without top_k
     odds = [math.exp((logits[i] - top) / temperature) for i in candidates]
     return rng.choices(candidates, weights=odds)[0]
 
@@ -1152,9 +1156,9 @@ def continuation(model, w, ids, bos, rng, temperature=0.5, top_k=0, max_tokens=N
 
 # 17. Checkpoints ------------------------------------------------------------------------------------------
 # A run is kept in one .safetensors file, which other programs can open and which, unlike a pickle, cannot run
-# code. It holds the length of a header; the header, JSON with the type, shape, and place of each matrix and
-# some strings, the metadata; and the numbers. With only w = [[1.0]] in it (a single row counts as a
-# vector), a file is these 88 bytes:
+# code. It holds the length of the header, the header, and the numbers. The header is JSON: the metadata
+# (strings), and the type, shape, and place of each matrix. With only w = [[1.0]] in it (a single row counts
+# as a vector), a file is these 88 bytes:
 #
 #     48 00 00 00 00 00 00 00        72, the length of the header, lowest byte first
 #     {"__metadata__":{},"w":{"dtype":"F64","shape":[1],"data_offsets":[0,8]}}
@@ -1169,13 +1173,13 @@ def write_safetensors(path, tensors, metadata):
         if len(rows) == 1:
             shape = shape[1:]  # a gain or a bias is a vector
         header[name] = {"dtype": "F64", "shape": shape, "data_offsets": [start, end]}
-        numbers += [struct.pack(f"<{len(row)}d", *row) for row in rows]
+        numbers += [struct.pack(f"<{len(row)}d", *row) for row in rows]  # "<3d" packs three doubles
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # spaces, up to a multiple of 8
     replace_file(path, [len(text).to_bytes(8, "little"), text, *numbers])
 
 def replace_file(path, parts):
-    """Write parts of bytes to a new file beside `path`, and give it that name only once it is whole and on
+    """Write byte strings to a new file beside `path`, and rename it to `path` only once it is whole and on
     disk. So one intact copy always survives."""
     target = os.path.realpath(path)  # for a link, replace what it points to
     part = os.path.join(os.path.dirname(target), f"{os.getpid()}.{time.time_ns()}.part")
@@ -1216,8 +1220,9 @@ def read_safetensors(path):
         tensors[name] = [list(row) for row in struct.iter_unpack(layout, data)]
     return tensors, metadata
 
-# In memory, all that a file keeps is a Run. Its args hold the settings, such as args.lr, that come from the
-# flags of section 20. After the default run with --save names.safetensors, you can ask it:
+# In memory, a Run holds all that a file keeps. Its args hold the settings, such as args.lr, that come from
+# the flags of section 20. There, as_argv turns settings into words, FLAGS turns words into settings, and
+# THIS_TIME names those that a file does not keep. After the default run with --save names.safetensors:
 #
 #     run = load("names.safetensors")
 #     run.probabilities("em")["m"]    the probability that m comes after em, 0.038
@@ -1310,7 +1315,7 @@ def run_from(metadata):
     args = FLAGS.parse_args(facts["flags"])
     run = Run(args, BPETokenizer(facts["characters"], facts["merges"]), random.Random(), {})
     version, words, spare = facts["random"]
-    run.rng.setstate((version, tuple(words), spare))
+    run.rng.setstate((version, tuple(words), spare))  # JSON has made a list of the tuple
     for name in PROGRESS:
         setattr(run, name, facts.get(name, getattr(run, name)))  # earlier versions lack some
     return run
@@ -1346,10 +1351,10 @@ def load(path):
 #     a      ·░·░░ ░░░░░ ░░░░░ ·░·░░
 #
 # After "emm", the a that came had the probability 0.231, more than any other letter. So the loss there is
-# -log(0.2315) = 1.463 nats, or 2.111 bits with log2. The model has learned that vowels follow m, and after
-# the a, its top guess is the end of the name. The maps show where the four heads looked: each row is a
-# position, and a darker cell means more attention. The fourth head of the second m looks mostly at BOS, the
-# first column.
+# 1.463 nats (with more digits, -log(0.23149)), or 2.111 bits with log2. The model has learned that vowels
+# often follow m, and after the a, its top guess is the end of the name. The maps show where the four heads
+# looked: each row is a position, and a fuller cell means more attention. In the fourth head, the second m
+# looks mostly at BOS, the first column.
 
 def explain(run, ids):
     """Print what a model makes of some tokens."""
@@ -1390,9 +1395,10 @@ text { fill: currentColor; font: 12px monospace } polyline { fill: none; stroke:
 .grid, .loss { stroke-opacity: 0.3 } .mean { color: #2f81f7 } .validation { color: #e0790b }</style>"""
 
 def round_ticks(low, high):
-    """Return the multiples of 1, 2 or 5 times a power of ten from low to high, eleven of them at most."""
+    """Return the multiples of 1, 2, or 5 times a power of ten from low to high, eleven of them at most."""
     power = 10.0 ** math.floor(math.log10(high - low))
-    gap = next(gap for gap in (power / 5, power / 2, power) if high - low <= 10 * gap)
+    gaps = power / 5, power / 2, power  # 2, 5, and 10 tenths of the power
+    gap = next(gap for gap in gaps if high - low <= 10 * gap)
     return [i * gap for i in range(math.ceil(low / gap), math.floor(high / gap) + 1)]
 
 def loss_plot(losses, validations):
@@ -1406,7 +1412,7 @@ def loss_plot(losses, validations):
     first, last = min(steps), max(steps) + 1
     low, high = min(values), max(values) * 1.01 + 1e-3  # above low, even for one point
 
-    def place(x, y):
+    def place(x, y):  # in pixels: x from 70 to 770, y from 450 up to 50
         return f"{70 + 700 * (x - first) / (last - first):.1f},{450 - 400 * (y - low) / (high - low):.1f}"
     svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 500">', STYLE]
     for y in round_ticks(low, high):
@@ -1423,7 +1429,7 @@ def loss_plot(losses, validations):
 # run, and then one for each step.
 
 def begin_trace(path, run):
-    """Write the first line of a trace. Of a resumed run, keep the lines up to its step, but none beyond."""
+    """Write the first line of a trace. For a resumed run, keep only the lines up to its step."""
     kept = []
     with reporting(f"cannot write {path}"):
         if run.step and os.path.exists(path):
@@ -1434,7 +1440,7 @@ def begin_trace(path, run):
         replace_file(path, kept or [json.dumps(facts).encode() + b"\n"])
 
 def write_trace(path, run, batch, loss, grads):
-    """Write a line about the step to be made. That of the first has all gradients and operations, too."""
+    """Write a line about the step to be made. The line of step 1 also has all gradients and operations."""
     facts = {"step": run.step + 1, "documents": [run.tokenizer.decode(ids) for ids in batch], "tokens": batch,
              "loss": loss, "learning_rate": learning_rate(run.args, run.step)}
     size = norm(grads)
@@ -1448,11 +1454,11 @@ def write_trace(path, run, batch, loss, grads):
         file.write(json.dumps(facts).encode() + b"\n")
 
 # 19. Training ---------------------------------------------------------------------------------------------
-# A step takes the next documents; computes the loss and the gradients; and lets the optimizer move the
+# A step takes the next documents, computes the loss and the gradients, and lets the optimizer move the
 # weights. With --batch-size 4, step 1 takes documents 0 to 3, step 2 takes 4 to 7, and so on, around and
 # around. A text without documents is one long stream, and each step takes pieces from random places in it.
 #
-# To see if the model learns more than its documents, some are held out: it never trains on them, and its mean
+# To see if the model learns more than its documents, we hold some out: it never trains on them, and its mean
 # loss on up to 128 of them is the validation loss. Of 9,347 names, --val-fraction 0.1 holds out 935, of which
 # 117 are used. Where the validation loss rises far above the training loss, the model has begun to memorize.
 
@@ -1495,7 +1501,7 @@ def train(run, docs, held_out, workers, signals):
 def after_step(run, held_out, loss):
     """Keep the loss, and do what is due after a step: validate, show a sample, save."""
     args, step = run.args, run.step
-    if step % (1 + args.steps // 4000) == 0:  # some thousand points are enough
+    if step % (1 + args.steps // 4000) == 0:  # a few thousand points are enough
         run.losses.append((step, loss))
     if held_out:
         run.recent.append(loss)
@@ -1540,9 +1546,9 @@ def compare_losses(run, training, validation):
     if above > args.div_warn:
         warn(f"warning: {message}")
 
-# Where do the documents come from? Those of the corpus are shuffled, and the last ones are held out, but none
-# that is also trained on. After that, a document is a string of chr(id), as in section 11, with BOS on both
-# sides.
+# Where do the documents come from? The lines of the corpus are shuffled, and the last ones are held out,
+# except those also trained on. Then a document becomes a string of chr(id), as in section 11, with BOS on
+# both sides.
 
 def split(docs, args):
     """Return documents, or the one text of a stream, in two parts: to train on, and to hold out."""
@@ -1583,24 +1589,11 @@ def fit_context(args, docs, held_out):
         long = sum(len(doc) > size + 1 for doc in docs)
         hint = "; --stream reads all of it" if len(docs) == 1 else ""
         if long:
-            long = f"{long} of {len(docs)} documents are"
-            warn(f"note: {long} longer than --context {size}, and cut there{hint}")
+            warn(f"note: {long} of {len(docs)} documents exceed --context {size} and are cut there{hint}")
     return [list(map(ord, doc[: size + 1])) for doc in held_out[:: len(held_out) // 128 + 1]]
 
-def learn(docs, **settings):
-    """Return a Run, trained on a list of strings. Settings are flags by name: learn(docs, steps=500)."""
-    args = FLAGS.parse_args(as_argv(settings))
-    check(args)
-    docs, held_out = split(list(docs), args)
-    run = new_run(args, docs, held_out, random.Random(args.seed))
-    docs, held_out = tokenize(run, docs), tokenize(run, held_out)
-    train_and_keep(run, docs, fit_context(args, docs, held_out), Signals())
-    say("")  # ends the line of the last loss
-    return run
-
-# Which settings are fastest? --autotune tries them, three steps each, and shows the tokens per second: the
-# larger the batch, the more a worker or a GPU has to do at a time. The steps move the weights, but nothing is
-# saved.
+# Which settings are fastest? --autotune tries them, three steps each after one to warm up, and shows tokens
+# per second: the larger the batch, the more a worker or a GPU has to do at a time. It saves nothing.
 
 def time_steps(run, docs, engine, size, n):
     """Return the seconds that a step takes with n workers, a mean of three, and its number of predictions."""
@@ -1639,9 +1632,9 @@ def autotune(run, docs, given):
 
 # 20. The command line -------------------------------------------------------------------------------------
 # Nothing below is about learning: you can stop here. A command line is a list of words, such as --steps=500.
-# FLAGS turns them into args, here with args.steps = 500; flags that are not given have their default values.
-# parse_args adds what a resumed run has to say, prepare turns the corpus into documents, and execute leads
-# from one to the next and then trains and shows samples.
+# FLAGS turns them into args, here with args.steps = 500. parse_args takes flags that are not given from the
+# defaults or the run to resume, prepare turns the corpus into documents, and execute calls them both, trains,
+# and shows samples.
 #
 # If something is wrong, standard error gets one line, and the exit status is 2 for the command line, 128 plus
 # its number for a signal, and 1 for everything else: after Ctrl-C, which is signal 2, it is 130.
@@ -1659,7 +1652,8 @@ def number(kind, low, high=math.inf):
         with suppress(ValueError):
             if low <= kind(text) < high:
                 return kind(text)
-        wanted = f"{'whole ' * (kind is int)}number, at least {low} and below {high:g}"
+        whole = "whole " if kind is int else ""
+        wanted = f"{whole}number, at least {low} and below {high:g}"
         raise argparse.ArgumentTypeError(f"{text!r} must be a {wanted}")
     return parse
 
@@ -1703,8 +1697,8 @@ flag("--seed", **N, default=42, help="seed of the random generator (42)")
 flag = FLAGS.add_argument_group("watching").add_argument
 flag("--val-fraction", **SHARE, default=0.0, help="share of the corpus to hold out for validation (0)")
 flag("--eval-every", **COUNT, default=100, help="validate every N steps (100)")
-flag("--div-warn", **X, default=20.0, help="warn if the validation loss is X %% above training (20)")
-flag("--div-crit", **X, help="stop if it is X %% above training")
+flag("--div-warn", **X, default=20.0, help="warn if the validation loss is X%% above training (20)")
+flag("--div-crit", **X, help="stop if it is X%% above training")
 flag("--gen-every", **COUNT, help="show a sample every N steps")
 flag("--plot", metavar="FILE.svg", help="draw the loss")
 flag("--trace", metavar="FILE.jsonl", help="write a line of numbers for every step")
@@ -1741,10 +1735,10 @@ def as_argv(flags):
     return words
 
 def parse_args(argv):
-    """Return the flags, the Run to resume or None, the flags that were given, and if a corpus is needed."""
+    """Return the flags, the Run to resume or None, the flags given, and whether a corpus is needed."""
     defaults = vars(FLAGS.parse_args([]))
-    nothing = argparse.Namespace(**dict.fromkeys(defaults))  # here, flags that are not given stay None
-    given = vars(FLAGS.parse_args(argv, nothing))
+    nothing = argparse.Namespace(**dict.fromkeys(defaults))  # all None: argparse sets a default only if a
+    given = vars(FLAGS.parse_args(argv, nothing))            # name is missing, so flags not given stay None
     given = {name: value for name, value in given.items() if value is not None}
     run = load(given["resume"]) if "resume" in given else None
     args = argparse.Namespace(**{**(vars(run.args) if run else defaults), **given})
@@ -1764,7 +1758,7 @@ def parse_args(argv):
     return args, run, given, needs_corpus
 
 def resume(run, args, given):
-    """Let a run go on with flags given anew. Refuse those that would make it another run."""
+    """Let a run go on with new flags. Refuse those that would make it another run."""
     old, run.args, more = run.args, args, run.step < args.steps
     changed = [name.replace("_", "-") for name in FIXED if getattr(args, name) != getattr(old, name)]
     require(not changed, f"{args.resume} was made with another --{' --'.join(changed)}", UsageError)
@@ -1836,6 +1830,28 @@ def prepare(args, run, needs_corpus):
     say(f"num params: {sum(len(row) for (row,) in rows_of(run.weights))}")
     return run, docs, held_out
 
+def train_and_keep(run, docs, held_out, signals):
+    """Train, and draw the plot. If any error but an overflow ends training early, save the steps made."""
+    args, first = run.args, run.step
+    if args.trace:
+        begin_trace(args.trace, run)
+    signals.training = True
+    workers = Workers(args.workers if first < args.steps else 1, ENGINES[args.engine])
+    try:
+        train(run, docs, held_out, workers, signals)
+    except (RuntimeError, OSError, MemoryError):
+        if run.step > first:
+            run.save()
+        if not signals.caught:  # a signal can kill a worker, too
+            raise
+    finally:
+        workers.stop()
+        if args.plot:
+            replace_file(args.plot, [loss_plot(run.losses, run.validations).encode()])
+    signals.training = False
+    if signals.caught:
+        raise KeyboardInterrupt
+
 def sample_of(run, rng):
     args = run.args
     return visible(run.generate(args.prompt, args.temperature, args.top_k, args.max_tokens, rng))
@@ -1872,7 +1888,7 @@ def execute(argv, signals):
         message, status = "interrupted", 128 + (signals.caught or 2)
     except (RuntimeError, ArithmeticError, ValueError, MemoryError) as error:
         message, status = f"error: {reason(error)}", getattr(error, "status", 1)
-    except OSError as error:  # the reading and writing of files has been reported
+    except OSError as error:  # file errors are UserErrors: this is standard output
         message, status = lost_output(error), 1
     if message and run:
         message += "; nothing was saved" if run.saved is None else f"; step {run.saved} is saved"
@@ -1880,10 +1896,21 @@ def execute(argv, signals):
         warn(message)
     return status
 
+def learn(docs, **settings):
+    """Return a Run, trained on a list of strings. Settings are flags by name: learn(docs, steps=500)."""
+    args = FLAGS.parse_args(as_argv(settings))
+    check(args)
+    docs, held_out = split(list(docs), args)
+    run = new_run(args, docs, held_out, random.Random(args.seed))
+    docs, held_out = tokenize(run, docs), tokenize(run, held_out)
+    train_and_keep(run, docs, fit_context(args, docs, held_out), Signals())
+    say("")  # ends the line of the last loss
+    return run
+
 # The rest is for odd places and bad days: skip it until you need it.
 #
-# First, no command may destroy what is there. A checkpoint, a picture, or a trace never replaces a file that
-# this program would not have written there, and it is better to say so now than after hours.
+# First, no command may destroy your files: a checkpoint replaces only its own earlier version, and a picture
+# or a trace only a file of its own kind. It is better to refuse now than after hours of training.
 
 def check(args):
     """Refuse flags that do not go together, and files that cannot be written."""
@@ -1891,25 +1918,25 @@ def check(args):
     require(channels % heads == 0, f"--heads {heads} does not divide --d-model {channels}", UsageError)
     workers = f"--workers {args.workers} is more than --batch-size {args.batch_size}"
     require(args.workers <= args.batch_size, workers, UsageError)
-    weights = 12 * args.n_layer * channels**2 + args.block_size * channels  # and those of the vocabulary
+    weights = 12 * args.n_layer * channels**2 + args.block_size * channels  # without those of the vocabulary
     require(weights <= 10**9, "the model is too large", UsageError)
-    files = [*{args.save, args.resume}, args.plot, args.trace, *(args.corpus or [])]
+    files = [args.plot, args.trace, *(args.corpus or []), *{args.save, args.resume}]  # a set: may be the same
     places = [os.path.realpath(path) for path in files if path]
     require(len(set(places)) == len(places), "a file is named for two purposes", UsageError)
-    if exists("--save needs a file", args.save) and args.save != args.resume:
+    if check_place("--save needs a file", args.save) and args.save != args.resume:
         with reporting(f"cannot write {args.save}"), open(args.save, "rb") as file:
             steps = json.loads(read_header(file)[0]["step"])
         raise UsageError(f"{args.save} holds a run of {steps} steps: "
                          f"go on with --resume {args.save}, or save under another name")
     for name, end, start in ("plot", ".svg", b"<svg"), ("trace", ".jsonl", b'{"flags"'):
         path = getattr(args, name)
-        if exists(f"--{name} needs a file *{end}", path, end):
+        if check_place(f"--{name} needs a file *{end}", path, end):
             with reporting(f"cannot write {path}"), open(path, "rb") as file:
                 begin = file.read(len(start))
             require(start.startswith(begin), f"{path} holds something else", UsageError)
 
-def exists(need, path, end=""):
-    """Return whether a path (or None) is that of a file. Refuse a path where none can be written."""
+def check_place(need, path, end=""):
+    """Return whether there is a file at a path (None: no). Refuse a path where no file can be written."""
     if path is None:
         return False
     target = os.path.realpath(path)
@@ -1940,12 +1967,12 @@ def check_texts(run, args):
     """Refuse what the model cannot know."""
     run.encode(args.prompt)
     explained = args.explain is None or len(run.encode(args.explain) + run.boundary) > 1
-    require(explained, "--explain needs two tokens at least", UsageError)
+    require(explained, "--explain needs at least two tokens", UsageError)
 
 # What a person sees. A terminal gets one line that changes in place and is never wider than the terminal. A
-# file or a pipe gets only what the original microgpt prints.
+# file or a pipe gets no rates and times, and so, without flags, only what the original microgpt prints.
 
-def on_terminal(): return sys.stdout is sys.__stdout__ and sys.stdout.isatty()  # IDLE's window is none
+def on_terminal(): return sys.stdout is sys.__stdout__ and sys.stdout.isatty()  # IDLE's window is not one
 def columns(): return shutil.get_terminal_size().columns - 1
 def say(text): print(text, flush=True)  # at once, also into a file
 
@@ -1984,8 +2011,8 @@ def show_progress(run, loss, first, begin):
         text = f"{text} | {1 / seconds:.3g} steps/s, {left} of {whole} left"[: columns()].ljust(columns())
     print(text, end="\n" if "idlelib" in sys.modules else "\r", flush=True)  # IDLE has no \r
 
-# Signals, such as that of Ctrl-C. In training, the first one lets the step end, so that it can be saved. Any
-# other ends the run at once. Handlers belong to the process, which may be a notebook, so main puts them back.
+# Ctrl-C sends a signal. In training, the first one lets the step end, so that the run can be saved. A second
+# one ends the run at once. Handlers belong to the process, which may be a notebook, so main puts them back.
 
 class Signals:
     caught, training = 0, False
@@ -1997,7 +2024,7 @@ class Signals:
         if again or not self.training:
             raise KeyboardInterrupt
         if on_terminal():
-            os.write(2, b"\nmicrogpt: finishing this step; a second time ends at once\n")
+            os.write(2, b"\nmicrogpt: finishing this step; interrupt again to stop at once\n")
 
 @contextmanager
 def signals_wait(context):
@@ -2012,28 +2039,6 @@ def signals_wait(context):
     finally:
         if mask:
             mask(signal.SIG_SETMASK, before)
-
-def train_and_keep(run, docs, held_out, signals):
-    """Train. If something ends it early, other than an overflow, save the steps made. Draw the plot."""
-    args, first = run.args, run.step
-    if args.trace:
-        begin_trace(args.trace, run)
-    signals.training = True
-    workers = Workers(args.workers if first < args.steps else 1, ENGINES[args.engine])
-    try:
-        train(run, docs, held_out, workers, signals)
-    except (RuntimeError, OSError, MemoryError):
-        if run.step > first:
-            run.save()
-        if not signals.caught:  # of which a worker can die, too
-            raise
-    finally:
-        workers.stop()
-        if args.plot:
-            replace_file(args.plot, [loss_plot(run.losses, run.validations).encode()])
-    signals.training = False
-    if signals.caught:
-        raise KeyboardInterrupt
 
 def lost_output(error):
     """Return what to say when standard output cannot be written to: nothing if its reader has gone."""

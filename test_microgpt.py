@@ -1342,7 +1342,7 @@ class TestCheckpoints(Test):
         self.assertEqual(re.findall(r"step +(\d+) /", out), ["4", "5"])
         kept = {"--lr=0.5", "--steps=5", "--warmup-steps=2", f"--corpus={path}"}
         self.assertLessEqual(kept, {*self.metadata()["flags"]})
-        self.printed("--resume run --save run --steps 6 --samples 0")
+        self.printed("--resume run --save ./run --steps 6 --samples 0")  # the same file
         self.printed("--resume run --save next --steps 7 --samples 0")
         self.assertEqual([self.metadata(name)["step"] for name in ("run", "next", "other")], [6, 7, 3])
 
@@ -1830,7 +1830,7 @@ class TestCorpus(Test):
         self.file("long.txt", "abcd\nabcde\nabcdef\n")  # and an end, which is a token, too
         self.file("one.txt", "acgt" * 9)
         for flags, note in (
-            ("long.txt --context 5", "note: 2 of 3 documents are longer than --context 5"),
+            ("long.txt --context 5", "note: 2 of 3 documents exceed --context 5"),
             ("long.txt --context 3", "note: 3 of 3 documents are longer"), ("long.txt --context 7", ""),
             ("long.txt --context 3 --stream", ""), ("one.txt", "note: 1 of 1 documents .*--stream"),
         ):
@@ -2128,6 +2128,15 @@ class TestCommandLine(Test):
         same = "--seed 42", "--clip-grad 0.1 --no-clip-grad", "--cosine --schedule linear", "--weight-decay 9"
         self.assertEqual({self.printed(f"{always} {flags}") for flags in same}, {runs[0]})
 
+    def test_the_long_line_of_the_design_and_going_on(self):
+        flags = "--stream --steps 6 --vocab-size 1000 --warmup-steps 3 --cosine --div-crit 50 --gen-every 3"
+        for flags, steps in (flags, "123456"), ("--resume run --steps 9", "789"):
+            status, out, errors = self.main(f"{flags} --samples 1 --save run")
+            self.assertEqual((status, re.findall(r"step +(\d) / +\d \| loss \S+\r", out)), (0, list(steps)))
+            self.assertEqual(errors, "")
+            self.assertRegex(out, rf"step +{steps[-1]} / +\d \| loss \S+ on average \| validation ")
+            self.assertRegex(out, rf"\nsample at step {steps[-1]}: (?s:.)*--- inference .* text\) ---\nsam")
+
     def test_help_names_every_group_and_default(self):
         status, out, errors = self.script("--help", env={"COLUMNS": "300"})
         self.assertEqual((status, errors), (0, ""))
@@ -2295,7 +2304,7 @@ class TestTerminal(Test):
         lines = re.split("[\r\n]+", shown.decode() + self.shown(terminal))
         self.assertEqual(process.wait(), 130)
         self.assertRegex(lines[8], r"^step +\d+ / 1000000 \| loss \d\.\d{4} \| \S+ steps/s, .* left *$")
-        self.assertIn("microgpt: finishing this step; a second time ends at once", lines)
+        self.assertIn("microgpt: finishing this step; interrupt again to stop at once", lines)
         self.assertIn("microgpt: interrupted; nothing was saved", lines)
 
     def test_narrow_terminals_get_one_line_without_codes(self):
