@@ -1831,7 +1831,7 @@ class TestCorpus(Test):
         self.file("one.txt", "acgt" * 9)
         for flags, note in (
             ("long.txt --context 5", "note: 2 of 3 documents exceed --context 5"),
-            ("long.txt --context 3", "note: 3 of 3 documents are longer"), ("long.txt --context 7", ""),
+            ("long.txt --context 3", "note: 3 of 3 documents exceed"), ("long.txt --context 7", ""),
             ("long.txt --context 3 --stream", ""), ("one.txt", "note: 1 of 1 documents .*--stream"),
         ):
             self.assertSays(0, note, f"--steps 1 --samples 0 --corpus {flags}")
