@@ -122,7 +122,7 @@ class Value:
             return Value(self.data * other.data, (self, other), (other.data, self.data))
         return Value(self.data * other, (self,), (other,))
 
-    # The next four slopes come from a calculus book. To test one: 3.001**2 is 9.006, so the slope at 3 is 6.
+    # The next slopes come from a calculus book. To test one: 3.001**2 is 9.006, so the slope at 3 is 6.
     def __pow__(self, k):  # k is a plain number. The slope of a**k is k * a ** (k - 1).
         return Value(self.data**k, (self,), (k * self.data ** (k - 1),))
 
@@ -200,10 +200,10 @@ def rmsnorm(row):
 # finds weights that make queries match useful keys.
 #
 # The score of a match is the dot product of a query and a key. It is large when both have large numbers of
-# the same sign in the same places. The score is a sum of n products that partly cancel, so it is typically
-# sqrt(n) times as large as one product. When scores are far apart, softmax gives nearly everything to the
-# largest, so we divide each score by sqrt(n). Softmax turns the scores into shares, and the result is the
-# mean of the values, weighted by the shares. Suppose that n = 4, and m's row has the query [2, 0, 1, 1]:
+# the same sign in the same places. With more products, scores lie farther apart (after n coin flips for +1 or
+# -1, the sum is typically sqrt(n) from 0), and softmax gives nearly everything to the largest. So we divide
+# each score by sqrt(n). Softmax turns the scores into shares, and the result is the mean of the values,
+# weighted by the shares. Suppose that n = 4, and m's row has the query [2, 0, 1, 1]:
 #
 #     row    key             score                                       share    value
 #     BOS    [0, 1, 0, 0]    (2 * 0 + 0 * 1 + 1 * 0 + 1 * 0) / 2 = 0     0.09     [5, ...]
@@ -259,7 +259,7 @@ class Matrix:
     # Cache. Each row leaves its key and value in a cache for later rows. Training passes all rows of a name
     # in one call. Sampling passes one row per call and does not compute earlier rows again. A row at position
     # p sees the last p + 1 entries of the cache, its own and the p before it, but never the future, which the
-    # model has to guess. Positions restart at 0, so one call can hold several names, here "em" and "al":
+    # model has to guess. Part three passes several names in one call, here "em" and "al". Each begins at 0:
     #
     #     token        BOS   e    m    BOS   a    l
     #     position      0    1    2     0    1    2
@@ -299,8 +299,8 @@ class Matrix:
 # 5. GPT ---------------------------------------------------------------------------------------------------
 # A row begins as its token's embedding plus its position's embedding. (Without positions, one layer could not
 # tell "ema" from "mea".) Each layer then changes the row twice. Attention adds what the row has gathered. An
-# MLP (multilayer perceptron: linear, relu, linear) adds what follows from it: after a relu, a number can be
-# positive only where several things about the row come together. Last, lm_head makes 27 scores, the logits.
+# MLP (multilayer perceptron: linear, relu, linear) adds what follows from it: each of its 64 sums looks for a
+# pattern in the row, and relu keeps those that found one. Last, lm_head makes 27 scores, the logits.
 #
 # Replacing x with x + f(x), not with f(x), is called a residual connection. In a chain of f alone, slopes
 # multiply, and twenty slopes of 0.5 leave a millionth of the gradient. The slope of x + f(x) is 1 plus the
@@ -350,7 +350,7 @@ class GPT:
     def logits(self, w, ids, positions, cache):
         """Return the logits, a score for each token that can come next (rows x vocab_size). Extend cache."""
         x = w["wte"].embed(ids) + w["wpe"].embed(positions)            # rows x n_embd
-        x = x.rmsnorm()  # from 0.11 to 1 in size: a layer adds about 0.1 twice, which would rival a small x
+        x = x.rmsnorm()  # from size 0.11 to 1: each step below adds about 0.1, which would drown a small x
         for i in range(self.n_layer):
             # 1. Attention: gather from earlier rows. From here on, only copies of x are normalized.
             normed = x.rmsnorm()
@@ -497,9 +497,9 @@ def reporting(what):
 # above each operation derives its rule. Names, arguments, and (up to rounding) numbers are those of part one,
 # so a model works with either kind of matrix.
 #
-# In the product A B of two matrices, each number is the dot product of a row of A and a column of B. W^T, the
-# transpose of W, has the columns of W as rows, and the rows of W as columns. So linear, the dot products of
-# the rows of X and the rows of W, is the product X W^T, or matmul(x, w). We write dX for the gradient of X.
+# In the product A B of two matrices, each number is the dot product of a row of A and a column of B, so A B
+# is matmul(a, transpose(b)). W^T, the transpose of W, has the columns of W as rows. So linear, the dot
+# products of the rows of X and the rows of W, is X W^T, or matmul(x, w). We write dX for the gradient of X.
 
 sumprod = getattr(math, "sumprod", lambda a, b: sum(map(mul, a, b)))  # math has it from Python 3.12 on
 
@@ -578,9 +578,9 @@ class Tensor:
             w.receive(self.matmul(transpose(g), transpose(self.data)))
         return self.result("linear", self.matmul(self.data, w.data), rule)
 
-    # y = s x, where s = M^-0.5 and M is the mean square. Raising x[i] by h raises y[i] by s h, and M by
-    # 2 x[i] h / n. The slope of s is -0.5 M^-1.5 = -s^3 / 2. So s falls by s^3 x[i] h / n, and y[j] = s x[j]
-    # by s h y[i] y[j] / n. Together, dx[i] = s (g[i] - y[i] (y.g) / n), where y.g is the dot product.
+    # y = s x, where s = M^-0.5 and M is the mean square. x[i] acts on y in two ways. y[i] has it as a factor:
+    # slope s. And through M and s, it moves every y[j], with slope 2 x[i] / n times -M^-1.5 / 2 = -s^3 / 2
+    # times x[j]: -s y[i] y[j] / n. So dx[i] = s (g[i] - y[i] (y.g) / n), where y.g is the dot product.
     def rmsnorm(self):
         scales = [(sumprod(row, row) / len(row) + 1e-5) ** -0.5 for row in self.data]
         y = [[a * scale for a in row] for row, scale in zip(self.data, scales)]
@@ -603,9 +603,9 @@ class Tensor:
     #     S = Q K^T / sqrt(size)    P = softmax of each row of S    Y = P V
     #
     # Y = P V is X W^T with P for X and V^T for W. So dX = g W becomes dP = g V^T, and dW = g^T X becomes
-    # (dV)^T = g^T P. Transposing a product swaps its factors: dV = P^T g. For the softmax, raising s[i] by h
-    # multiplies e^s[i] by 1 + h: p[i] gains h p[i], and dividing by the new sum takes h p[i] p[j] from every
-    # p[j]. So ds[i] = p[i] (dp[i] - sum of p[j] dp[j]). Then dQ = dS K / sqrt(size) and
+    # (dV)^T = g^T P. Transposing a product swaps its factors: dV = P^T g. For the softmax, raising s[i] by a
+    # small h raises e^s[i] by a factor of 1 + h, and the sum by 1 + h p[i]. So p[i] gains h p[i], and every
+    # p[j] loses h p[i] p[j]: ds[i] = p[i] (dp[i] - sum of p[j] dp[j]). Then dQ = dS K / sqrt(size) and
     # dK = dS^T Q / sqrt(size), as in linear. The rule is for an empty cache, as in training.
     @staticmethod
     def softmax_rule(p, dp):
@@ -713,18 +713,18 @@ class FastTensor(Tensor):
         compute only the places where its numbers are not 0."""
         if PYPY:
             return products(len(rows[0]))(rows, columns)
-        if isinstance(where, Sparse):
+        if isinstance(where, Sparse):  # dX, in the rule of the linear after a relu
             out, product = [], products(len(rows[0]))
             for row, mask in zip(rows, where):
                 numbers = iter(product([row], [*compress(columns, mask)])[0])
                 out.append([next(numbers) if a else 0.0 for a in mask])  # back in their places
             return out
         if not isinstance(rows, Sparse):
-            if isinstance(columns, Sparse):
-                return transpose(FastTensor.matmul(columns, rows))  # swapped, it comes out transposed
+            if isinstance(columns, Sparse):  # dW, in the same rule: the same dot products, transposed
+                return transpose(FastTensor.matmul(columns, rows))
             return products(len(rows[0]))(rows, columns)
         out, inner = [], transpose(columns)
-        for row in rows:  # of [0, 3, 0, 5], keep [3, 5], and of the columns, their second and fourth numbers
+        for row in rows:  # after a relu. Of [0, 3, 0, 5], keep [3, 5], and those places of each column
             numbers, kept = [*compress(row, row)], [*compress(inner, row)]
             out += products(len(numbers))([numbers], transpose(kept)) if numbers else [[0.0] * len(columns)]
         return out
@@ -752,8 +752,8 @@ def fast_adam(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8):
 # tokens: the pair of neighbors that occurs most often becomes a token of its own, again and again. In
 # "banana", the pairs are ba (once), an (twice), and na (twice). On a tie, the smaller pair wins, here an, and
 # the text becomes b [an] [an] a, in which no pair occurs twice. The first merges of input.txt are an, ar, in,
-# en, and er; after 20, emma is e m ma. Documents are strings of chr(id), so that Python's own replace()
-# merges a pair, from left to right.
+# en, and er; after 20, emma is e m ma. Documents are strings of chr(id), and a pair is a
+# string of two, so that Python's own replace() merges a pair, from left to right.
 
 def learn_merges_slowly(docs, n, first_id):
     """Return the first n merges, (left id, right id), whose own ids begin at first_id. Return fewer if no
@@ -833,8 +833,9 @@ class BPETokenizer(CharTokenizer):
 
     def encode(self, text):
         """Return the ids of a text. Raise UserError for a character that no document has."""
-        for char in sorted(set(text).difference(self.ids)):
-            raise UserError(f"the model was trained without {char!r} (U+{ord(char):04X})")
+        unknown = min(set(text).difference(self.ids), default=None)
+        if unknown is not None:
+            raise UserError(f"the model was trained without {unknown!r} (U+{ord(unknown):04X})")
         return list(map(ord, self.merge([text])[0]))
 
 # 12. The GPU ----------------------------------------------------------------------------------------------
@@ -884,7 +885,7 @@ def work(pipe, others, engine):
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)  # signals are for the parent, which lets the step end
     for other in others:
-        other.close()  # our copies of the parent's ends: a pipe ends only when every copy is closed
+        other.close()  # a fork copied the parent's ends; a pipe ends only when every copy is closed
     with suppress(EOFError, OSError):  # the parent has ended
         while True:
             model, weights, batch = pipe.recv()
@@ -902,7 +903,7 @@ class Workers:
         self.engine, self.processes, self.pipes = engine, [], []
         context = multiprocessing.get_context(
             "fork" if sys.platform == "linux" and engine is not VulkanTensor else "spawn")
-        try:
+        try:  # signals_wait, in section 20, holds signals back while the workers start
             with reporting("cannot start the workers"), signals_wait(context if n > 1 else None):
                 for _ in range(n if n > 1 else 0):
                     here, there = context.Pipe()
@@ -962,13 +963,13 @@ from itertools import product, takewhile
 #     GELU for relu            2, 0, -2 become 1.95, 0, -0.05: like relu, but some gradient passes below 0.
 #     a norm at the end        It replaces the first norm. The logits have the same scale at any depth.
 #     wte serves as lm_head    Both have a row for each token. wte gets the gradients of both uses.
-#     small attn_wo, mlp_fc2   They start smaller, so that many layers together do not add too much to x.
+#     small weights            They start at 0.02, not 0.08, and those of attn_wo and mlp_fc2 at even less.
 #
 # Dropout, which sets random channels to 0 in training, is left out. A gain or a bias is a matrix with one
 # row, which embed() repeats.
 
 def center(x):
-    """Return x minus the mean of each row. One linear makes the mean, another n copies of minus the mean."""
+    """Return x minus the mean of each row. For [1, 3], one linear makes [2], and another makes [-2, -2]."""
     n, wrap = len(x.data[0]), type(x).wrap
     return x + x.linear(wrap([[1 / n] * n])).linear(wrap([[-1.0]] * n))
 
@@ -998,8 +999,8 @@ def gelu(x):
     y = [[value for value, _ in row] for row in pairs]
     slopes = [[slope for _, slope in row] for row in pairs]
     if isinstance(x, Matrix):
-        rows = zip(x.rows, y, slopes)
-        return Matrix([[Value(b, (a,), (slope,)) for a, b, slope in zip(*row)] for row in rows])
+        triples = zip(x.rows, y, slopes)  # three rows each: Values, results, slopes
+        return Matrix([[Value(b, (a,), (slope,)) for a, b, slope in zip(*rows)] for rows in triples])
     return x.result("gelu", y, lambda g: x.receive(times(g, slopes)))
 
 class GPT2(GPT):
@@ -1088,7 +1089,7 @@ SETTINGS = {name: list(signature(optimizer).parameters)[6:] for name, optimizer 
 
 # The learning rate falls as `done` goes from 0 to 1. With --warmup-steps, it rises first, while the running
 # means are still rough: of 110 steps with 10 of warmup, the 5th has half the rate, the 10th has all of it,
-# and the 61st has half of it. With --clip-grad, one odd batch cannot throw the weights far.
+# and the 61st has half of it. With --clip-grad, one odd batch cannot outweigh many others.
 SCHEDULES = {"linear": lambda done: 1 - done, "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
              "constant": lambda done: 1}
 
@@ -1221,8 +1222,8 @@ def read_safetensors(path):
     return tensors, metadata
 
 # In memory, a Run holds all that a file keeps. Its args hold the settings, such as args.lr, that come from
-# the flags of section 20. There, as_argv turns settings into words, FLAGS turns words into settings, and
-# THIS_TIME names those that a file does not keep. After the default run with --save names.safetensors:
+# the flags of section 20. There, as_argv turns settings into words, such as --lr=0.01, FLAGS turns them back,
+# and THIS_TIME names those that a file does not keep. After the default run with --save names.safetensors:
 #
 #     run = load("names.safetensors")
 #     run.probabilities("em")["m"]    the probability that m comes after em, 0.038
@@ -1239,7 +1240,7 @@ class Run:
         self.model = MODELS[args.arch](tokenizer.vocab_size, *sizes)
         self.weights = self.model.initial_weights(rng) if weights is None else weights
         self.m, self.v = zeros(self.weights), zeros(self.weights)
-        self.boundary = [] if args.stream else [tokenizer.bos]  # what stands before and after a document
+        self.boundary = [] if args.stream else [tokenizer.bos]  # around each document; a stream has none
         self.step = 0          # how many steps were made
         self.losses = []       # (step, loss) of the steps so far
         self.validations = []  # (step, validation loss)
@@ -1354,7 +1355,7 @@ def load(path):
 # 1.463 nats (with more digits, -log(0.23149)), or 2.111 bits with log2. The model has learned that vowels
 # often follow m, and after the a, its top guess is the end of the name. The maps show where the four heads
 # looked: each row is a position, and a fuller cell means more attention. In the fourth head, the second m
-# looks mostly at BOS, the first column.
+# looks mostly at BOS, the first column. (say, pad, width, and shades, which show text, are in section 20.)
 
 def explain(run, ids):
     """Print what a model makes of some tokens."""
@@ -1404,7 +1405,7 @@ def round_ticks(low, high):
 def loss_plot(losses, validations):
     """Return an SVG picture of (step, loss)."""
     mean, means = 0.0, []
-    for i, (step, loss) in enumerate(losses):  # a running mean over about a thirtieth of the steps
+    for i, (step, loss) in enumerate(losses):  # a running mean, as in section 6; at first, the plain mean
         mean += (loss - mean) / min(i + 1, len(losses) // 30 + 1)
         means.append((step, mean))
     points = [*losses, *validations] or [(0, 0.0)]
@@ -1459,8 +1460,9 @@ def write_trace(path, run, batch, loss, grads):
 # around. A text without documents is one long stream, and each step takes pieces from random places in it.
 #
 # To see if the model learns more than its documents, we hold some out: it never trains on them, and its mean
-# loss on up to 128 of them is the validation loss. Of 9,347 names, --val-fraction 0.1 holds out 935, of which
-# 117 are used. Where the validation loss rises far above the training loss, the model has begun to memorize.
+# loss on up to 128 of them is the validation loss. Of 9,347 names, --val-fraction 0.1 holds out 935 and uses
+# every eighth, 117 in all. Where the validation loss rises far above the training loss, the model has begun
+# to memorize.
 
 def next_batch(run, docs, size):
     """Return the next documents as lists of ids, cut after block_size + 1, or that much of a stream."""
@@ -1484,7 +1486,7 @@ def update(run, grads):
     OPTIMIZERS[args.optimizer](run.weights, grads, run.m, run.v, run.step, lr, **settings)
 
 def train(run, docs, held_out, workers, signals):
-    """Make the steps that are left, or stop at a signal. Then save."""
+    """Make the steps that are left, or stop at a signal (signals.caught, section 20). Then save."""
     args, first, begin = run.args, run.step, time.perf_counter()
     while run.step < args.steps and not signals.caught:
         batch = next_batch(run, docs, args.batch_size)
@@ -1711,7 +1713,7 @@ flag("--temperature", **X, default=0.5, help="1: the model's odds, 0: always the
 flag("--top-k", **N, default=0, help="draw from the N likeliest tokens, 0: from all (0)")
 flag("--max-tokens", **COUNT, help="new tokens per sample, at most (the context)")
 flag = FLAGS.add_argument_group("engine").add_argument
-flag("--engine", choices=ENGINES, default="tensor", help="scalar: part one alone; vulkan: GPU (tensor)")
+flag("--engine", choices=ENGINES, default="tensor", help="scalar: that of part one; vulkan: GPU (tensor)")
 flag("--vulkan", dest="engine", action="store_const", const="vulkan", help="short for --engine vulkan")
 flag("--workers", metavar="N", type=number(int, 1, 257), default=1, help="processes to share each batch (1)")
 flag("--autotune", action="store_true", help="find the fastest of the following, and print it as a command")
@@ -1737,11 +1739,12 @@ def as_argv(flags):
 def parse_args(argv):
     """Return the flags, the Run to resume or None, the flags given, and whether a corpus is needed."""
     defaults = vars(FLAGS.parse_args([]))
-    nothing = argparse.Namespace(**dict.fromkeys(defaults))  # all None: argparse sets a default only if a
-    given = vars(FLAGS.parse_args(argv, nothing))            # name is missing, so flags not given stay None
+    nothing = argparse.Namespace(**dict.fromkeys(defaults))  # every flag is None, so no default is set
+    given = vars(FLAGS.parse_args(argv, nothing))
     given = {name: value for name, value in given.items() if value is not None}
     run = load(given["resume"]) if "resume" in given else None
-    args = argparse.Namespace(**{**(vars(run.args) if run else defaults), **given})
+    base = vars(run.args) if run else defaults
+    args = argparse.Namespace(**{**base, **given})
     needs_corpus = run is None or run.step < args.steps or "corpus" in given or "val_fraction" in given
     if needs_corpus:
         folder = os.path.dirname(globals().get("__file__", ""))  # a notebook's cell has no __file__
@@ -1920,7 +1923,7 @@ def check(args):
     require(args.workers <= args.batch_size, workers, UsageError)
     weights = 12 * args.n_layer * channels**2 + args.block_size * channels  # without those of the vocabulary
     require(weights <= 10**9, "the model is too large", UsageError)
-    files = [args.plot, args.trace, *(args.corpus or []), *{args.save, args.resume}]  # a set: may be the same
+    files = [args.plot, args.trace, *(args.corpus or []), *{args.save, args.resume}]  # these two may be one
     places = [os.path.realpath(path) for path in files if path]
     require(len(set(places)) == len(places), "a file is named for two purposes", UsageError)
     if check_place("--save needs a file", args.save) and args.save != args.resume:
@@ -2059,7 +2062,7 @@ def main(argv=(), ends=False):
         status = execute(argv, signals)
         return status
     finally:
-        for number, handler in before.items():  # in a process that ends, one more must not change the status
+        for number, handler in before.items():  # if the process ends with an error, ignore further signals
             signal.signal(number, signal.SIG_IGN if ends and status else handler)
         tape.clear()
         if collects:
