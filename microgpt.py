@@ -1155,6 +1155,73 @@ def continuation(model, w, ids, bos, rng, temperature=0.5, top_k=0, max_tokens=N
         text.append(token)
         unread = [token]
 
+# A Run is a model with its weights, and all else that training needs to go on. Its args hold the settings,
+# such as args.lr, which come from the flags of section 20. After the default run with --save FILE, you can
+# ask it what it has learned:
+#
+#     run = load(FILE)
+#     run.probabilities("em")["m"]    the probability that m comes after em, 0.038
+#     run.loss("emma")                the mean loss over its tokens, 2.511
+#     run.generate("em")              emma, or another name that begins with em
+
+class Run:
+    """A training run: its settings, its model, and all that it needs to go on."""
+    def __init__(self, args, tokenizer, rng, weights=None):
+        self.args, self.tokenizer, self.rng = args, tokenizer, rng
+        sizes = args.n_layer, args.n_embd, args.n_head, args.block_size
+        self.model = MODELS[args.arch](tokenizer.vocab_size, *sizes)
+        self.weights = self.model.initial_weights(rng) if weights is None else weights
+        self.m, self.v = zeros(self.weights), zeros(self.weights)
+        self.boundary = [] if args.stream else [tokenizer.bos]  # around each document; a stream has none
+        self.step = 0          # how many steps were made
+        self.losses = []       # (step, loss) of the steps so far
+        self.validations = []  # (step, validation loss)
+        self.recent = []       # the losses since the last validation
+        self.corpus = None     # which text it is trained on
+        self.saved, self.saved_at = None, time.perf_counter()  # the step last saved, and when
+
+    def wrap(self, engine=None):
+        """Return name -> matrix of weights."""
+        engine = engine or ENGINES[self.args.engine]
+        return {name: engine.wrap(rows) for name, rows in self.weights.items()}
+
+    def encode(self, text):
+        """Return the ids of a text, with what stands before it."""
+        return self.boundary + self.tokenizer.encode(text)
+
+    def generate(self, prompt="", temperature=0.5, top_k=0, max_tokens=None, rng=None):
+        """Return the prompt and what the model adds to it, at most max_tokens tokens (None: block_size)."""
+        ids = self.encode(prompt) or [self.tokenizer.ids.get("\n", 0)]  # a stream has no BOS
+        settings = self.tokenizer.bos, rng or self.rng, temperature, top_k, max_tokens
+        return prompt + self.tokenizer.decode(continuation(self.model, self.wrap(), ids, *settings))
+
+    def logits_of(self, ids):
+        """Return the logits after each id, as floats: rows x vocab_size. The operations are on the tape."""
+        tape.clear()
+        size = self.model.block_size
+        require(0 < len(ids) <= size, f"the context takes from 1 to {size} tokens, not {len(ids)}")
+        rows = self.model.logits(self.wrap(FastTensor), ids, range(len(ids)), self.model.new_cache()).data
+        check_finite(chain(*rows))
+        return rows
+
+    def probabilities(self, prompt=""):
+        """Return token -> the probability that it follows the prompt. The token "" is the end."""
+        logits = self.logits_of(self.encode(prompt))[-1]
+        tape.clear()
+        return dict(zip([*self.tokenizer.tokens, ""], probabilities(logits)))
+
+    def loss(self, text):
+        """Return the mean loss over the tokens of a text, with its end."""
+        ids = self.encode(text) + self.boundary
+        loss = Tensor(self.logits_of(ids[:-1])).cross_entropy(ids[1:]).data
+        tape.clear()
+        return loss
+
+    def save(self, path=None):
+        """Write a checkpoint, by default to the file of --save. (Sections 17 and 20 tell how.)"""
+        if path or self.args.save:
+            save_run(self, path or self.args.save)
+
 # 17. Checkpoints ------------------------------------------------------------------------------------------
 # A run is kept in one .safetensors file, which other programs can open and which, unlike a pickle, cannot run
 # code. It holds the length of the header, the header, and the numbers. The header is JSON: the metadata
@@ -1221,124 +1288,6 @@ def read_safetensors(path):
         tensors[name] = [list(row) for row in struct.iter_unpack(layout, data)]
     return tensors, metadata
 
-# In memory, a Run holds all that a file keeps. Its args hold the settings, such as args.lr, that come from
-# the flags of section 20. There, as_argv turns settings into words, such as --lr=0.01, FLAGS turns them back,
-# and THIS_TIME names those that a file does not keep. After the default run with --save names.safetensors:
-#
-#     run = load("names.safetensors")
-#     run.probabilities("em")["m"]    the probability that m comes after em, 0.038
-#     run.loss("emma")                the mean loss over its tokens, 2.511
-#     run.generate("em")              emma, or another name that begins with em
-
-PROGRESS = "step", "recent", "losses", "validations", "corpus"  # what it knows of its steps so far
-
-class Run:
-    """A training run: its settings, its model, and all that it needs to go on."""
-    def __init__(self, args, tokenizer, rng, weights=None):
-        self.args, self.tokenizer, self.rng = args, tokenizer, rng
-        sizes = args.n_layer, args.n_embd, args.n_head, args.block_size
-        self.model = MODELS[args.arch](tokenizer.vocab_size, *sizes)
-        self.weights = self.model.initial_weights(rng) if weights is None else weights
-        self.m, self.v = zeros(self.weights), zeros(self.weights)
-        self.boundary = [] if args.stream else [tokenizer.bos]  # around each document; a stream has none
-        self.step = 0          # how many steps were made
-        self.losses = []       # (step, loss) of the steps so far
-        self.validations = []  # (step, validation loss)
-        self.recent = []       # the losses since the last validation
-        self.corpus = None     # which text it is trained on
-        self.saved, self.saved_at = None, time.perf_counter()  # the step last saved, and when
-
-    def wrap(self, engine=None):
-        """Return name -> matrix of weights."""
-        engine = engine or ENGINES[self.args.engine]
-        return {name: engine.wrap(rows) for name, rows in self.weights.items()}
-
-    def encode(self, text):
-        """Return the ids of a text, with what stands before it."""
-        return self.boundary + self.tokenizer.encode(text)
-
-    def generate(self, prompt="", temperature=0.5, top_k=0, max_tokens=None, rng=None):
-        """Return the prompt and what the model adds to it, at most max_tokens tokens (None: block_size)."""
-        ids = self.encode(prompt) or [self.tokenizer.ids.get("\n", 0)]  # a stream has no BOS
-        settings = self.tokenizer.bos, rng or self.rng, temperature, top_k, max_tokens
-        return prompt + self.tokenizer.decode(continuation(self.model, self.wrap(), ids, *settings))
-
-    def logits_of(self, ids):
-        """Return the logits after each id, as floats: rows x vocab_size. The operations are on the tape."""
-        tape.clear()
-        size = self.model.block_size
-        require(0 < len(ids) <= size, f"the context takes from 1 to {size} tokens, not {len(ids)}")
-        rows = self.model.logits(self.wrap(FastTensor), ids, range(len(ids)), self.model.new_cache()).data
-        check_finite(chain(*rows))
-        return rows
-
-    def probabilities(self, prompt=""):
-        """Return token -> the probability that it follows the prompt. The token "" is the end."""
-        logits = self.logits_of(self.encode(prompt))[-1]
-        tape.clear()
-        return dict(zip([*self.tokenizer.tokens, ""], probabilities(logits)))
-
-    def loss(self, text):
-        """Return the mean loss over the tokens of a text, with its end."""
-        ids = self.encode(text) + self.boundary
-        loss = Tensor(self.logits_of(ids[:-1])).cross_entropy(ids[1:]).data
-        tape.clear()
-        return loss
-
-    def facts(self):
-        """Return all that describes the run, except its matrices."""
-        flags = {name: value for name, value in vars(self.args).items() if name not in THIS_TIME}
-        progress = {name: getattr(self, name) for name in PROGRESS}
-        return {"flags": as_argv(flags), "characters": "".join(self.tokenizer.ids),
-                "merges": self.tokenizer.merges, "random": self.rng.getstate(),
-                "config": vars(self.model), **progress}
-
-    def save(self, path=None):
-        """Write a checkpoint, by default to the file of --save. Raise Overflow if a number is not finite."""
-        path = path or self.args.save
-        if path is None:
-            return
-        tensors = dict(self.weights)
-        for name in self.weights:
-            tensors["optimizer.m." + name] = self.m[name]
-            tensors["optimizer.v." + name] = self.v[name]
-        for (row,) in rows_of(tensors):
-            check_finite(row, f"at step {self.step}, ")
-        metadata = {name: json.dumps(value) for name, value in self.facts().items()}
-        write_safetensors(path, tensors, {"format": "pt", **metadata})  # pt: PyTorch, which can open it
-        self.saved, self.saved_at = self.step, time.perf_counter()
-
-def run_from(metadata):
-    """Return a Run, still without matrices, from the metadata of a checkpoint."""
-    require("flags" in metadata, "it was not saved by this program: no flags in its metadata")
-    names = "flags", "characters", "merges", "random", *PROGRESS
-    facts = {name: json.loads(metadata[name]) for name in names if name in metadata}
-    args = FLAGS.parse_args(facts["flags"])
-    run = Run(args, BPETokenizer(facts["characters"], facts["merges"]), random.Random(), {})
-    version, words, spare = facts["random"]
-    run.rng.setstate((version, tuple(words), spare))  # JSON has made a list of the tuple
-    for name in PROGRESS:
-        setattr(run, name, facts.get(name, getattr(run, name)))  # earlier versions lack some
-    return run
-
-def load(path):
-    """Return the Run in a checkpoint. Raise UserError if the file is not a sound one."""
-    with reporting(f"cannot read {path}"):
-        tensors, metadata = read_safetensors(path)
-        run = run_from(metadata)
-        shapes = run.model.shapes()
-        def take(prefix):
-            rows = {name: tensors.pop(prefix + name) for name in shapes}
-            found = {name: (len(rows[name]), len(rows[name][0])) for name in shapes}
-            require(found == shapes, "its matrices are not those of its model")
-            return rows
-        run.weights = take("")
-        run.m, run.v = zeros(run.weights), zeros(run.weights)
-        if tensors:  # a file of weights alone has no running means
-            run.m, run.v = take("optimizer.m."), take("optimizer.v.")
-        run.saved = run.step
-        return run
-
 # 18. Looking inside ---------------------------------------------------------------------------------------
 # What does a model make of a text? After the default run, python microgpt.py --explain emma shows, among
 # other lines:
@@ -1355,7 +1304,20 @@ def load(path):
 # 1.463 nats (with more digits, -log(0.23149)), or 2.111 bits with log2. The model has learned that vowels
 # often follow m, and after the a, its top guess is the end of the name. The maps show where the four heads
 # looked: each row is a position, and a fuller cell means more attention. In the fourth head, the second m
-# looks mostly at BOS, the first column. (say, pad, width, and shades, which show text, are in section 20.)
+# looks mostly at BOS, the first column.
+
+def say(text): print(text, flush=True)  # at once, also into a file
+
+def width(text):
+    """Return how many columns of a terminal a text takes: Chinese characters take two, accents none."""
+    return sum(not unicodedata.combining(c) and 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+def pad(text, columns): return text + " " * (columns - width(text))
+
+def shades():
+    """Return five characters, from light to dark, that standard output can show."""
+    encoding, dark = getattr(sys.stdout, "encoding", None) or "utf-8", "·░▒▓█"
+    return dark if dark.encode(encoding, "replace").decode(encoding) == dark else ".:+%#"
 
 def explain(run, ids):
     """Print what a model makes of some tokens."""
@@ -1427,7 +1389,7 @@ def loss_plot(losses, validations):
     return "\n".join([*svg, "</svg>\n"])
 
 # For those who port this to another language, a trace (--trace) holds all numbers: a line of JSON about the
-# run, and then one for each step.
+# run (facts_of, in section 20), and then one for each step.
 
 def begin_trace(path, run):
     """Write the first line of a trace. For a resumed run, keep only the lines up to its step."""
@@ -1437,7 +1399,7 @@ def begin_trace(path, run):
             with open(path, "rb") as file:
                 lines = [line for line in file if line.endswith(b"\n")]  # the last one may be cut off
             kept = list(takewhile(lambda line: json.loads(line)["step"] <= run.step, lines))
-        facts = {**run.facts(), "bos": run.tokenizer.bos, "weights": run.weights}
+        facts = {**facts_of(run), "bos": run.tokenizer.bos, "weights": run.weights}
         replace_file(path, kept or [json.dumps(facts).encode() + b"\n"])
 
 def write_trace(path, run, batch, loss, grads):
@@ -1578,21 +1540,6 @@ def tokenize(run, docs):
     """Return documents as strings of chr(id), without those that have only unknown characters."""
     boundary = "".join(map(chr, run.boundary))
     return [boundary + doc + boundary for doc in run.tokenizer.merge(docs) if doc]
-
-def fit_context(args, docs, held_out):
-    """Return at most 128 lists of ids to validate on, spread over all that is held out. Say if documents will
-    be cut, and refuse a stream that is too short."""
-    size = args.block_size
-    if args.stream:
-        held_out = [text[i : i + size + 1] for text in held_out for i in range(0, len(text) - 1, size)]
-        enough = len(docs[0]) > size and (held_out or not args.val_fraction)
-        require(enough, f"a stream of {len(docs[0])} tokens is too short for a context of {size}")
-    else:
-        long = sum(len(doc) > size + 1 for doc in docs)
-        hint = "; --stream reads all of it" if len(docs) == 1 else ""
-        if long:
-            warn(f"note: {long} of {len(docs)} documents exceed --context {size} and are cut there{hint}")
-    return [list(map(ord, doc[: size + 1])) for doc in held_out[:: len(held_out) // 128 + 1]]
 
 # Which settings are fastest? --autotune tries them, three steps each after one to warm up, and shows tokens
 # per second: the larger the batch, the more a worker or a GPU has to do at a time. It saves nothing.
@@ -1736,6 +1683,62 @@ def as_argv(flags):
             words += [f"{word}={each}" for each in values]
     return words
 
+# A checkpoint (section 17) holds the matrices of a Run and, as metadata, these facts. Its flags are kept as
+# words, so that an old file can be read like a command line.
+
+PROGRESS = "step", "recent", "losses", "validations", "corpus"  # what a Run knows of its steps so far
+
+def facts_of(run):
+    """Return all that describes a Run, except its matrices."""
+    flags = {name: value for name, value in vars(run.args).items() if name not in THIS_TIME}
+    progress = {name: getattr(run, name) for name in PROGRESS}
+    return {"flags": as_argv(flags), "characters": "".join(run.tokenizer.ids),
+            "merges": run.tokenizer.merges, "random": run.rng.getstate(),
+            "config": vars(run.model), **progress}
+
+def save_run(run, path):
+    """Write a checkpoint. Raise Overflow if a number is not finite."""
+    tensors = dict(run.weights)
+    for name in run.weights:
+        tensors["optimizer.m." + name] = run.m[name]
+        tensors["optimizer.v." + name] = run.v[name]
+    for (row,) in rows_of(tensors):
+        check_finite(row, f"at step {run.step}, ")
+    metadata = {name: json.dumps(value) for name, value in facts_of(run).items()}
+    write_safetensors(path, tensors, {"format": "pt", **metadata})  # pt: PyTorch, which can open it
+    run.saved, run.saved_at = run.step, time.perf_counter()
+
+def run_from(metadata):
+    """Return a Run, still without matrices, from the metadata of a checkpoint."""
+    require("flags" in metadata, "it was not saved by this program: no flags in its metadata")
+    names = "flags", "characters", "merges", "random", *PROGRESS
+    facts = {name: json.loads(metadata[name]) for name in names if name in metadata}
+    args = FLAGS.parse_args(facts["flags"])
+    run = Run(args, BPETokenizer(facts["characters"], facts["merges"]), random.Random(), {})
+    version, words, spare = facts["random"]
+    run.rng.setstate((version, tuple(words), spare))  # JSON has made a list of the tuple
+    for name in PROGRESS:
+        setattr(run, name, facts.get(name, getattr(run, name)))  # earlier versions lack some
+    return run
+
+def load(path):
+    """Return the Run in a checkpoint. Raise UserError if the file is not a sound one."""
+    with reporting(f"cannot read {path}"):
+        tensors, metadata = read_safetensors(path)
+        run = run_from(metadata)
+        shapes = run.model.shapes()
+        def take(prefix):
+            rows = {name: tensors.pop(prefix + name) for name in shapes}
+            found = {name: (len(rows[name]), len(rows[name][0])) for name in shapes}
+            require(found == shapes, "its matrices are not those of its model")
+            return rows
+        run.weights = take("")
+        run.m, run.v = zeros(run.weights), zeros(run.weights)
+        if tensors:  # a file of weights alone has no running means
+            run.m, run.v = take("optimizer.m."), take("optimizer.v.")
+        run.saved = run.step
+        return run
+
 def parse_args(argv):
     """Return the flags, the Run to resume or None, the flags given, and whether a corpus is needed."""
     defaults = vars(FLAGS.parse_args([]))
@@ -1810,6 +1813,21 @@ def load_corpus(args, rng):
     rng.shuffle(docs)
     docs, held_out = split(docs, args)
     return docs, held_out, facts
+
+def fit_context(args, docs, held_out):
+    """Return at most 128 lists of ids to validate on, spread over all that is held out. Say if documents will
+    be cut, and refuse a stream that is too short."""
+    size = args.block_size
+    if args.stream:
+        held_out = [text[i : i + size + 1] for text in held_out for i in range(0, len(text) - 1, size)]
+        enough = len(docs[0]) > size and (held_out or not args.val_fraction)
+        require(enough, f"a stream of {len(docs[0])} tokens is too short for a context of {size}")
+    else:
+        long = sum(len(doc) > size + 1 for doc in docs)
+        hint = "; --stream reads all of it" if len(docs) == 1 else ""
+        if long:
+            warn(f"note: {long} of {len(docs)} documents exceed --context {size} and are cut there{hint}")
+    return [list(map(ord, doc[: size + 1])) for doc in held_out[:: len(held_out) // 128 + 1]]
 
 def prepare(args, run, needs_corpus):
     """Return the Run (a new one if it is None), tokenized documents to train on, and lists of ids to validate
@@ -1977,7 +1995,6 @@ def check_texts(run, args):
 
 def on_terminal(): return sys.stdout is sys.__stdout__ and sys.stdout.isatty()  # IDLE's window is not one
 def columns(): return shutil.get_terminal_size().columns - 1
-def say(text): print(text, flush=True)  # at once, also into a file
 
 def warn(message):
     """Print one line on standard error."""
@@ -1988,17 +2005,6 @@ def warn(message):
 def visible(text):
     """Return a text with its control characters escaped, as they could hide what a terminal shows."""
     return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
-
-def width(text):
-    """Return how many columns of a terminal a text takes: Chinese characters take two, accents none."""
-    return sum(not unicodedata.combining(c) and 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
-
-def pad(text, columns): return text + " " * (columns - width(text))
-
-def shades():
-    """Return five characters, from light to dark, that standard output can show."""
-    encoding, dark = getattr(sys.stdout, "encoding", None) or "utf-8", "·░▒▓█"
-    return dark if dark.encode(encoding, "replace").decode(encoding) == dark else ".:+%#"
 
 def duration(seconds):
     """Return a time as text: 0:00:42, or 3:20:00."""

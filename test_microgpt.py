@@ -1999,7 +1999,7 @@ class TestLibrary(Test):
     DOCS = ["emma", "anna", "otto", "hanna", "ada", "mona"]
 
     def learned(self, **settings):
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             return microgpt.learn(self.DOCS, **{"steps": 20, "n_embd": 8, "seed": 1, **settings})
 
     def test_probabilities_and_losses_are_those_of_the_model_by_hand(self):
