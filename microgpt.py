@@ -432,7 +432,7 @@ def sample(model, weights, bos, temperature, rng):
 # 8. Putting it together -----------------------------------------------------------------------------------
 # Part one is a complete program: copy it to a file, add train_and_sample() at the end, and run it (about a
 # minute). The loss begins near log(27) = 3.3, the loss of a blind guess. Each step prints the loss of one
-# name, so the printed loss jumps, mostly between 1.6 and 3.3, even at the end, where its mean is about 2.3.
+# name, so the printed loss jumps, mostly between 2.0 and 3.2, even at the end, where its mean is about 2.5.
 # To see the trend, let the finished tool draw it: python microgpt.py --plot loss.svg
 
 def train_and_sample(path="input.txt", steps=1000):
@@ -833,9 +833,8 @@ class BPETokenizer(CharTokenizer):
 
     def encode(self, text):
         """Return the ids of a text. Raise UserError for a character that no document has."""
-        unknown = min(set(text).difference(self.ids), default=None)
-        if unknown is not None:
-            raise UserError(f"the model was trained without {unknown!r} (U+{ord(unknown):04X})")
+        unknown = [f"{char!r} (U+{ord(char):04X})" for char in sorted(set(text).difference(self.ids))]
+        require(not unknown, "the model was trained without " + ", ".join(unknown))
         return list(map(ord, self.merge([text])[0]))
 
 # 12. The GPU ----------------------------------------------------------------------------------------------
@@ -1592,8 +1591,9 @@ class UsageError(UserError): status = 2
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        hint = " (if it begins with -, write --flag=VALUE)" if "expected one" in message else ""
-        raise UsageError(message + hint)
+        if "expected one" in message:
+            message += " (if it begins with -, write --flag=VALUE)"
+        raise UsageError(message + "; see --help")
 
 def number(kind, low, high=math.inf):
     """Return a function that turns a text into a number, low <= number < high, or refuses it."""
@@ -1601,9 +1601,9 @@ def number(kind, low, high=math.inf):
         with suppress(ValueError):
             if low <= kind(text) < high:
                 return kind(text)
-        whole = "whole " if kind is int else ""
-        wanted = f"{whole}number, at least {low} and below {high:g}"
-        raise argparse.ArgumentTypeError(f"{text!r} must be a {wanted}")
+        wanted = "a whole number" if kind is int else "a number"
+        below = f" and below {high:g}" if high < math.inf else ""
+        raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}, at least {low}{below}")
     return parse
 
 N = {"metavar": "N", "type": number(int, 0, 10**12)}
@@ -1824,9 +1824,10 @@ def fit_context(args, docs, held_out):
         require(enough, f"a stream of {len(docs[0])} tokens is too short for a context of {size}")
     else:
         long = sum(len(doc) > size + 1 for doc in docs)
-        hint = "; --stream reads all of it" if len(docs) == 1 else ""
+        longest = max(map(len, docs)) - 1  # without BOS at the end, which is only a target
+        hint = "--stream reads all" if len(docs) == 1 else f"--context {longest} would hold all"
         if long:
-            warn(f"note: {long} of {len(docs)} documents exceed --context {size} and are cut there{hint}")
+            warn(f"note: {long} of {len(docs)} documents exceed --context {size} and are cut there; {hint}")
     return [list(map(ord, doc[: size + 1])) for doc in held_out[:: len(held_out) // 128 + 1]]
 
 def prepare(args, run, needs_corpus):
@@ -1885,7 +1886,10 @@ def show(run):
     for i in range(args.samples):
         say(f"sample {i + 1:2d}: {sample_of(run, run.rng)}")
     if args.explain is not None:
-        explain(run, (run.encode(args.explain) + run.boundary)[: args.block_size + 1])
+        ids = run.encode(args.explain) + run.boundary
+        if len(ids) > args.block_size + 1:
+            warn(f"note: --explain shows what --context {args.block_size} can hold, and not the rest")
+        explain(run, ids[: args.block_size + 1])
 
 def execute(argv, signals):
     """Do what a command line asks for, and return the exit status."""
@@ -1919,6 +1923,7 @@ def execute(argv, signals):
 
 def learn(docs, **settings):
     """Return a Run, trained on a list of strings. Settings are flags by name: learn(docs, steps=500)."""
+    require(not isinstance(docs, str), "learn needs a list of strings, not a string")
     args = FLAGS.parse_args(as_argv(settings))
     check(args)
     docs, held_out = split(list(docs), args)
@@ -1994,7 +1999,7 @@ def check_texts(run, args):
 # file or a pipe gets no rates and times, and so, without flags, only what the original microgpt prints.
 
 def on_terminal(): return sys.stdout is sys.__stdout__ and sys.stdout.isatty()  # IDLE's window is not one
-def columns(): return shutil.get_terminal_size().columns - 1
+def columns(): return (shutil.get_terminal_size().columns or 80) - 1
 
 def warn(message):
     """Print one line on standard error."""
@@ -2033,7 +2038,7 @@ class Signals:
         if again or not self.training:
             raise KeyboardInterrupt
         if on_terminal():
-            os.write(2, b"\nmicrogpt: finishing this step; interrupt again to stop at once\n")
+            os.write(2, b"\nmicrogpt: finishing this step; interrupt again to stop without saving\n")
 
 @contextmanager
 def signals_wait(context):

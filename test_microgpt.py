@@ -33,7 +33,7 @@ YARDSTICK = os.path.join(HERE, "../shared/yardstick/reference_cost.py")
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 ENGINES = Matrix, Tensor, FastTensor
 SHIPPED = microgpt.read_documents(os.path.join(HERE, "input.txt"))
-LONGER = r"microgpt: note: \d+ of \d+ documents? [^\n]*--context[^\n]*\n"  # than the context, and cut there
+LONGER = r"microgpt: note: (\d+ of \d+ documents?|--explain shows) [^\n]*--context[^\n]*\n"  # than the context, and cut there
 needs_posix = unittest.skipUnless(hasattr(os, "fork"), "needs POSIX signals and limits")
 
 def read(path):
@@ -1614,10 +1614,13 @@ class TestExplain(Test):
         self.assertEqual(({columns(row[: row.index(".")]) for row in rows}, len(rows)), ({13}, 5))
 
     def test_a_long_text_is_explained_up_to_the_context(self):
+        self.file("short.txt", "em\nma\n")
         for flags, pairs in (("--context 4 --explain emmaava", "^e em mm ma"), ("--explain=", "^^"),
                              ("--stream --context 4 --explain av", "av")):
             got = Explained(self.printed(f"--steps 1 --samples 0 {flags}"))
             self.assertEqual(["".join(row[:2]) for row in got.rows], pairs.split())
+        for text, note in ("emm", ""), ("emma", "note: --explain shows what --context 4 can hold"):
+            self.assertSays(0, note, f"--steps 0 --samples 0 --context 4 --corpus short.txt --explain {text}")
 
     def test_shades_are_what_the_encoding_of_the_output_has(self):
         self.printed("--steps 2 --samples 0 --save run")
@@ -2304,7 +2307,7 @@ class TestTerminal(Test):
         lines = re.split("[\r\n]+", shown.decode() + self.shown(terminal))
         self.assertEqual(process.wait(), 130)
         self.assertRegex(lines[8], r"^step +\d+ / 1000000 \| loss \d\.\d{4} \| \S+ steps/s, .* left *$")
-        self.assertIn("microgpt: finishing this step; interrupt again to stop at once", lines)
+        self.assertIn("microgpt: finishing this step; interrupt again to stop without saving", lines)
         self.assertIn("microgpt: interrupted; nothing was saved", lines)
 
     def test_narrow_terminals_get_one_line_without_codes(self):
@@ -2447,7 +2450,7 @@ class TestReadme(Test):
         self.assertGreater(len(commands), 9)
         for flags, _ in commands:
             if "--help" not in flags:
-                self.assertRefused(2, "arguments: --nonsense$", "--nonsense", *flags)
+                self.assertRefused(2, "arguments: --nonsense; see --help$", "--nonsense", *flags)
 
     def test_the_code_on_the_first_screen_is_that_of_the_file(self):
         code = self.section("What you see").split("```python\n")[1].split("\n```")[0]
