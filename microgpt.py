@@ -274,7 +274,7 @@ class Matrix:
         out = []
         for q_row, k_row, v_row, position in zip(self.rows, k.rows, v.rows, positions):
             cache.append((k_row, v_row))
-            seen = cache[-1 - position :]  # the last position + 1 rows, of its own document
+            seen = cache[-1 - position :]  # the last position + 1 entries: this row and those before it
             found = []
             for start in range(0, len(q_row), size):
                 head = slice(start, start + size)  # head 0 is channels 0 to 3, head 1 is channels 4 to 7, ...

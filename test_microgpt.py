@@ -71,6 +71,8 @@ class Test(unittest.TestCase):
         microgpt.gpu_matmuls.cache_clear()
         for number in STOPS:  # a failing test may leave handlers, the collector, patches
             self.addCleanup(signal.signal, number, signal.getsignal(number))
+            if signal.getsignal(number) == signal.SIG_IGN:  # under nohup
+                signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
         self.addCleanup(gc.enable if gc.isenabled() else gc.disable)
         closing = types.SimpleNamespace(register=self.addCleanup)  # a GPU is closed after its test
