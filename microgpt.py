@@ -605,8 +605,8 @@ class Tensor:
     # Y = P V is X W^T with P for X and V^T for W. So dX = g W becomes dP = g V^T, and dW = g^T X becomes
     # (dV)^T = g^T P. Transposing a product swaps its factors: dV = P^T g. For the softmax, raising s[i] by a
     # small h raises e^s[i] by a factor of 1 + h, and the sum by 1 + h p[i]. So p[i] gains h p[i], and every
-    # p[j] loses h p[i] p[j]: ds[i] = p[i] (dp[i] - sum of p[j] dp[j]). Then dQ = dS K / sqrt(size) and
-    # dK = dS^T Q / sqrt(size), as in linear. The rule is for an empty cache, as in training.
+    # p[j], p[i] too, loses h p[i] p[j]: ds[i] = p[i] (dp[i] - sum of p[j] dp[j]). Then dQ = dS K / sqrt(size)
+    # and dK = dS^T Q / sqrt(size), as in linear. The rule is for an empty cache, as in training.
     @staticmethod
     def softmax_rule(p, dp):
         """Return dS from P and dP."""
@@ -715,7 +715,7 @@ class FastTensor(Tensor):
             return products(len(rows[0]))(rows, columns)
         if isinstance(where, Sparse):  # dX, in the rule of the linear after a relu
             out, product = [], products(len(rows[0]))
-            for row, mask in zip(rows, where):
+            for row, mask in zip(rows, where):  # keep only the columns at places where mask is not 0
                 numbers = iter(product([row], [*compress(columns, mask)])[0])
                 out.append([next(numbers) if a else 0.0 for a in mask])  # back in their places
             return out
@@ -752,8 +752,8 @@ def fast_adam(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8):
 # tokens: the pair of neighbors that occurs most often becomes a token of its own, again and again. In
 # "banana", the pairs are ba (once), an (twice), and na (twice). On a tie, the smaller pair wins, here an, and
 # the text becomes b [an] [an] a, in which no pair occurs twice. The first merges of input.txt are an, ar, in,
-# en, and er; after 20, emma is e m ma. Documents are strings of chr(id), and a pair is a
-# string of two, so that Python's own replace() merges a pair, from left to right.
+# en, and er; after 20, emma is e m ma. Documents are strings of chr(id), and a pair is a string of two, so
+# that Python's own replace() merges a pair, from left to right.
 
 def learn_merges_slowly(docs, n, first_id):
     """Return the first n merges, (left id, right id), whose own ids begin at first_id. Return fewer if no
@@ -1758,7 +1758,7 @@ def parse_args(argv):
         args.val_fraction = args.val_fraction or 0.1
     if run:
         if args.save and os.path.realpath(args.save) == os.path.realpath(args.resume):
-            args.save = args.resume
+            args.save = args.resume  # two names of one file: the run replaces its own checkpoint
         resume(run, args, given)
     check(args)
     return args, run, given, needs_corpus
@@ -1933,7 +1933,7 @@ def learn(docs, **settings):
     say("")  # ends the line of the last loss
     return run
 
-# The rest is for odd places and bad days: skip it until you need it.
+# The rest checks, reports, and cleans up, mostly for odd places and bad days: skip it until you need it.
 #
 # First, no command may destroy your files: a checkpoint replaces only its own earlier version, and a picture
 # or a trace only a file of its own kind. It is better to refuse now than after hours of training.
