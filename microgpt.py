@@ -1536,7 +1536,7 @@ def new_run(args, docs, held_out, rng):
     return Run(args, tokenizer, rng)
 
 def tokenize(run, docs):
-    """Return documents as strings of chr(id), without those that have only unknown characters."""
+    """Turn documents from text into strings of chr(id). Leave out those that have only unknown characters."""
     boundary = "".join(map(chr, run.boundary))
     return [boundary + doc + boundary for doc in run.tokenizer.merge(docs) if doc]
 
@@ -1748,6 +1748,7 @@ def parse_args(argv):
     run = load(given["resume"]) if "resume" in given else None
     base = vars(run.args) if run else defaults
     args = argparse.Namespace(**{**base, **given})
+    # A run that has made all its steps only samples, for which the checkpoint has all that is needed.
     needs_corpus = run is None or run.step < args.steps or "corpus" in given or "val_fraction" in given
     if needs_corpus:
         folder = os.path.dirname(globals().get("__file__", ""))  # a notebook's cell has no __file__
@@ -1765,7 +1766,8 @@ def parse_args(argv):
 
 def resume(run, args, given):
     """Let a run go on with new flags. Refuse those that would make it another run."""
-    old, run.args, more = run.args, args, run.step < args.steps
+    old, run.args = run.args, args
+    more = run.step < args.steps  # are there steps to make, or only samples?
     changed = [name.replace("_", "-") for name in FIXED if getattr(args, name) != getattr(old, name)]
     require(not changed, f"{args.resume} was made with another --{' --'.join(changed)}", UsageError)
     if run.corpus and "corpus" in given and args.corpus != old.corpus:  # fine-tuning
