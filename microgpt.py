@@ -705,29 +705,37 @@ def products(n):
     exec(source, names := {})
     return names["product"]
 
+def sparse_product(rows, columns):
+    """Return the product of rows with many zeros. Of [0, 3, 0, 5], it keeps [3, 5], and those places of each
+    column."""
+    out, inner = [], transpose(columns)
+    for row in rows:
+        numbers, kept = [*compress(row, row)], [*compress(inner, row)]
+        out += products(len(numbers))([numbers], transpose(kept)) if numbers else [[0.0] * len(columns)]
+    return out
+
+def masked_product(rows, columns, where):
+    """Return the product, but 0 in the places where `where` has 0."""
+    out, product = [], products(len(rows[0]))
+    for row, mask in zip(rows, where):
+        numbers = iter(product([row], [*compress(columns, mask)])[0])  # only of the other places
+        out.append([next(numbers) if a else 0.0 for a in mask])
+    return out
+
 class FastTensor(Tensor):
     """The engine `tensor`: a Tensor with faster products."""
     @staticmethod
     def matmul(rows, columns, where=None):
-        """Return what Tensor.matmul does, with products written out and zeros skipped. If `where` is Sparse,
-        compute only the places where its numbers are not 0."""
+        """Return what Tensor.matmul does, but 0 where a Sparse `where` has 0."""
         if PYPY:
             return products(len(rows[0]))(rows, columns)
         if isinstance(where, Sparse):  # dX, in the rule of the linear after a relu
-            out, product = [], products(len(rows[0]))
-            for row, mask in zip(rows, where):  # keep only the columns at places where mask is not 0
-                numbers = iter(product([row], [*compress(columns, mask)])[0])
-                out.append([next(numbers) if a else 0.0 for a in mask])  # back in their places
-            return out
-        if not isinstance(rows, Sparse):
-            if isinstance(columns, Sparse):  # dW, in the same rule: the same dot products, transposed
-                return transpose(FastTensor.matmul(columns, rows))
-            return products(len(rows[0]))(rows, columns)
-        out, inner = [], transpose(columns)
-        for row in rows:  # after a relu. Of [0, 3, 0, 5], keep [3, 5], and those places of each column
-            numbers, kept = [*compress(row, row)], [*compress(inner, row)]
-            out += products(len(numbers))([numbers], transpose(kept)) if numbers else [[0.0] * len(columns)]
-        return out
+            return masked_product(rows, columns, where)
+        if isinstance(rows, Sparse):  # Y, in that linear
+            return sparse_product(rows, columns)
+        if isinstance(columns, Sparse):  # dW, in its rule: the same dot products, transposed
+            return transpose(sparse_product(columns, rows))
+        return products(len(rows[0]))(rows, columns)
 
 def rows_of(*dictionaries):
     """Yield the rows that belong together in weights, gradients, and running means."""
