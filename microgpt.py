@@ -516,6 +516,20 @@ def probabilities(scores):
     total = sum(exps)
     return [e / total for e in exps]
 
+# Attention works on one head of one document at a time. The document [[1, 2], [3, 4]], split into two heads,
+# is [[1], [3]] and [[2], [4]].
+
+def split_heads(docs, n_head):
+    """Return a matrix for each document and head, from the rows of each document."""
+    size = len(docs[0][0]) // n_head
+    heads = [slice(start, start + size) for start in range(0, n_head * size, size)]
+    return [[row[head] for row in doc] for doc in docs for head in heads]
+
+def join_heads(parts, n_head):
+    """Return the rows of all documents from a matrix for each document and head."""
+    docs = [parts[i : i + n_head] for i in range(0, len(parts), n_head)]
+    return [list(chain(*row)) for doc in docs for row in zip(*doc)]
+
 class Tensor:
     """A matrix: rows of floats in data, and its gradient, of the same shape, in grad. A loss is one float."""
     def __init__(self, data, name=None, rule=None):
@@ -600,51 +614,51 @@ class Tensor:
 
     # For one head of one document of n rows, Q, K, V, Y, and g are n x size, and S and P are n x n:
     #
-    #     S = Q K^T / sqrt(size)    P = softmax of each row of S    Y = P V
+    #     Q' = Q / sqrt(size)    S = Q' K^T    P = softmax of each row of S    Y = P V
     #
     # Y = P V is X W^T with P for X and V^T for W. So dX = g W becomes dP = g V^T, and dW = g^T X becomes
     # (dV)^T = g^T P. Transposing a product swaps its factors: dV = P^T g. For the softmax, raising s[i] by a
     # small h raises e^s[i] by a factor of 1 + h, and the sum by 1 + h p[i]. So p[i] gains h p[i], and every
-    # p[j], p[i] too, loses h p[i] p[j]: ds[i] = p[i] (dp[i] - sum of p[j] dp[j]). Then dQ = dS K / sqrt(size)
-    # and dK = dS^T Q / sqrt(size), as in linear. The rule is for an empty cache, as in training.
+    # p[j], p[i] too, loses h p[i] p[j]: ds[i] = p[i] (dp[i] - sum of p[j] dp[j]). Then dQ' = dS K and
+    # dK = dS^T Q', as in linear, and dQ = dQ' / sqrt(size). The rule is for an empty cache, as in training.
+    @staticmethod
+    def softmax(s):
+        """Return P from S. A row must not see the rows after it: they get 0."""
+        later = range(len(s) - 1, -1, -1)  # how many rows come after each
+        return [probabilities(row[: len(row) - n]) + [0.0] * n for row, n in zip(s, later)]
+
     @staticmethod
     def softmax_rule(p, dp):
         """Return dS from P and dP."""
         sums = [sumprod(x, dx) for x, dx in zip(p, dp)]
-        return [[a * (da - s) for a, da in zip(x, dx)] for x, dx, s in zip(p, dp, sums)]
+        return [[a * (da - total) for a, da in zip(x, dx)] for x, dx, total in zip(p, dp, sums)]
 
     def attention(self, k, v, n_head, positions, cache):
-        size = len(self.data[0]) // n_head
-        root = math.sqrt(size)
-        heads = [slice(start, start + size) for start in range(0, n_head * size, size)]
+        root = math.sqrt(len(self.data[0]) // n_head)
         starts = [t for t, position in enumerate(positions) if t == 0 or position == 0]
         documents = [slice(start, end) for start, end in zip(starts, starts[1:] + [len(positions)])]
-        qs, ks, vs, ps = [], [], [], []  # matrices, one for each document and head
+        queries, keys, values = [], [], []  # the rows of each document
         for rows in documents:
             cache += zip(k.data[rows], v.data[rows])
             seen = cache[-1 - positions[rows.stop - 1] :]  # what its last row sees, also of earlier calls
-            for head in heads:
-                qs.append([[a / root for a in row[head]] for row in self.data[rows]])
-                ks.append([key[head] for key, _ in seen])
-                vs.append([value[head] for _, value in seen])
-        for scores in self.matmuls(qs, ks):
-            later = range(len(scores) - 1, -1, -1)  # how many rows come after each: it must not see them
-            ps.append([probabilities(row[: len(row) - n]) + [0.0] * n for row, n in zip(scores, later)])
+            queries.append([[a / root for a in row] for row in self.data[rows]])  # Q'
+            keys.append([key for key, _ in seen])
+            values.append([value for _, value in seen])
+        qs, ks, vs = [split_heads(docs, n_head) for docs in (queries, keys, values)]
+        ps = list(map(self.softmax, self.matmuls(qs, ks)))
 
-        def join(parts):  # the heads [[1], [2]] and [[3], [4]] of a document become the rows [1, 3], [2, 4]
-            groups = [parts[i : i + n_head] for i in range(0, len(parts), n_head)]
-            return [list(chain(*rows)) for group in groups for rows in zip(*group)]
         def rule(g):
-            gs = [[row[head] for row in g[rows]] for rows in documents for head in heads]
-            dvs = self.matmuls(map(transpose, ps), map(transpose, gs))   # each seen x size
-            dps = self.matmuls(gs, vs)                                   # rows x seen
-            dss = list(map(self.softmax_rule, ps, dps))                  # rows x seen
-            dqs = self.matmuls(dss, map(transpose, ks))                  # rows x size
-            dks = self.matmuls(map(transpose, dss), map(transpose, qs))  # seen x size; qs is divided by root
-            self.receive([[a / root for a in row] for row in join(dqs)])
-            k.receive(join(dks))
-            v.receive(join(dvs))
-        out = self.result("attention", join(self.matmuls(ps, map(transpose, vs))), rule)
+            gs = split_heads([g[rows] for rows in documents], n_head)
+            dvs = self.matmuls(map(transpose, ps), map(transpose, gs))            # P^T g
+            dps = self.matmuls(gs, vs)                                            # g V^T
+            dss = list(map(self.softmax_rule, ps, dps))
+            dqs = self.matmuls(dss, map(transpose, ks))                           # dS K
+            dks = self.matmuls(map(transpose, dss), map(transpose, qs))           # dS^T Q'
+            self.receive([[a / root for a in row] for row in join_heads(dqs, n_head)])
+            k.receive(join_heads(dks, n_head))
+            v.receive(join_heads(dvs, n_head))
+        ys = self.matmuls(ps, map(transpose, vs))
+        out = self.result("attention", join_heads(ys, n_head), rule)
         out.shares = ps  # for --explain
         return out
 
@@ -1439,11 +1453,9 @@ def next_batch(run, docs, size):
     if run.args.stream:
         rng = random.Random(f"{run.args.seed} {run.step}")  # so a resumed run draws the same
         starts = [rng.randrange(len(docs[0]) - length + 1) for _ in range(size)]
-        pieces = [docs[0][start : start + length] for start in starts]
-    else:
-        first = run.step * size
-        pieces = [docs[i % len(docs)][:length] for i in range(first, first + size)]
-    return [list(map(ord, piece)) for piece in pieces]
+        return [docs[0][start : start + length] for start in starts]
+    first = run.step * size
+    return [docs[i % len(docs)][:length] for i in range(first, first + size)]
 
 def update(run, grads):
     """Move the weights by one step of the optimizer."""
@@ -1518,8 +1530,7 @@ def compare_losses(run, training, validation):
         warn(f"warning: {message}")
 
 # Where do the documents come from? The lines of the corpus are shuffled, and the last ones are held out,
-# except those also trained on. Then a document becomes a string of chr(id), as in section 11, with BOS on
-# both sides.
+# except those also trained on. Then each becomes a list of ids, with BOS on both sides.
 
 def split(docs, args):
     """Return documents, or the one text of a stream, in two parts: to train on, and to hold out."""
@@ -1544,9 +1555,8 @@ def new_run(args, docs, held_out, rng):
     return Run(args, tokenizer, rng)
 
 def tokenize(run, docs):
-    """Turn documents from text into strings of chr(id). Leave out those that have only unknown characters."""
-    boundary = "".join(map(chr, run.boundary))
-    return [boundary + doc + boundary for doc in run.tokenizer.merge(docs) if doc]
+    """Turn documents from text into lists of ids. Leave out those that have only unknown characters."""
+    return [run.boundary + list(map(ord, doc)) + run.boundary for doc in run.tokenizer.merge(docs) if doc]
 
 # Which settings are fastest? --autotune tries them, three steps each after one to warm up, and shows tokens
 # per second: the larger the batch, the more a worker or a GPU has to do at a time. It saves nothing.
@@ -1838,7 +1848,7 @@ def fit_context(args, docs, held_out):
         hint = "--stream reads all" if len(docs) == 1 else f"--context {longest} would hold all"
         if long:
             warn(f"note: {long} of {len(docs)} documents exceed --context {size} and are cut there; {hint}")
-    return [list(map(ord, doc[: size + 1])) for doc in held_out[:: len(held_out) // 128 + 1]]
+    return [doc[: size + 1] for doc in held_out[:: len(held_out) // 128 + 1]]
 
 def prepare(args, run, needs_corpus):
     """Return the Run (a new one if it is None), tokenized documents to train on, and lists of ids to validate
