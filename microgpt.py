@@ -470,6 +470,8 @@ from heapq import heapify, heappop, heappush
 from itertools import chain, compress
 from operator import add, mul
 
+# First, a few helpers for errors. You can skip them until section 11.
+
 class UserError(RuntimeError):
     """A problem that the user can fix, reported in one line."""
 
@@ -492,19 +494,20 @@ def reporting(what):
 
 # 9. The same operations, a matrix at a time ---------------------------------------------------------------
 # For a name of eight letters, part one puts 38,000 Values on the tape. A Tensor holds the numbers of a whole
-# matrix, so part two needs only 18 Tensors, one for each operation. In place of slopes, a Tensor has a rule:
-# a function that takes g, the gradient of the result, and passes on the gradients of the inputs. The comment
-# above each operation derives its rule. Names, arguments, and (up to rounding) numbers are those of part one,
-# so a model works with either kind of matrix.
+# matrix, so part two needs only 18 Tensors, one for each use of an operation. In place of slopes, a Tensor
+# has a rule: a function that takes g, the gradient of the result, and passes on the gradients of the inputs.
+# The comment above each operation derives its rule. Names, arguments, and (up to rounding) numbers are those
+# of part one, so a model works with either kind of matrix.
 #
-# In the product A B of two matrices, each number is the dot product of a row of A and a column of B, so A B
-# is matmul(a, transpose(b)). W^T, the transpose of W, has the columns of W as rows. So linear, the dot
-# products of the rows of X and the rows of W, is X W^T, or matmul(x, w). We write dX for the gradient of X.
+# In the product A B of two matrices, each number is the dot product of a row of A and a column of B. Below,
+# matmul takes the rows of A and the columns of B, so A B is matmul(a, transpose(b)). W^T, the transpose of W,
+# has the columns of W as rows. So linear, the dot products of the rows of X and the rows of W, is X W^T, or
+# matmul(x, w). We write dX for the gradient of X.
 
 sumprod = getattr(math, "sumprod", lambda a, b: sum(map(mul, a, b)))  # math has it from Python 3.12 on
 
 class Sparse(list):
-    """Rows with many zeros, as relu leaves them. Section 10 skips these."""
+    """Rows with many zeros, as relu leaves them. Section 10 skips the zeros."""
 
 def transpose(rows): return type(rows)(zip(*rows))  # Sparse stays Sparse
 def add_rows(x, y): return [list(map(add, a, b)) for a, b in zip(x, y)]
@@ -533,7 +536,7 @@ def join_heads(parts, n_head):
 class Tensor:
     """A matrix: rows of floats in data, and its gradient, of the same shape, in grad. A loss is one float."""
     def __init__(self, data, name=None, rule=None):
-        self.data, self.name, self.rule = data, name, rule  # the name of the operation, and its rule
+        self.data, self.name, self.rule = data, name, rule  # name: of the operation, for section 18
         self.received = None  # the sum of the gradients that have come in so far
         if rule:
             tape.append(self)
@@ -544,14 +547,14 @@ class Tensor:
     backward = Value.backward  # along the same tape; it sets the grad of the loss to 1
 
     def backprop(self):
-        if self.received is not None:  # else the loss does not depend on this result
+        if self.received is not None:
             self.rule(self.received)
 
     def receive(self, grad):
         """Add to the gradient. Rows are replaced, never changed, since other matrices may hold them, too."""
         self.received = grad if self.received is None else add_rows(self.received, grad)
 
-    @property
+    @property  # if nothing has come in, the loss does not depend on this matrix: the gradient is zeros
     def grad(self):
         return [[0.0] * len(row) for row in self.data] if self.received is None else self.received
 
@@ -564,9 +567,11 @@ class Tensor:
         return [[sumprod(row, column) for column in columns] for row in rows]
 
     @classmethod
-    def matmuls(cls, many_rows, many_columns): return list(map(cls.matmul, many_rows, many_columns))
+    def matmuls(cls, many_rows, many_columns):
+        """Return the products of many pairs of matrices. (A GPU, in section 12, makes them all at once.)"""
+        return list(map(cls.matmul, many_rows, many_columns))
 
-    # A row of the table goes wherever its id is, so its gradient is the sum of the gradients there.
+    # Each row of y is a copy of a row of weights. The gradient of that row is the sum of g at all its copies.
     def embed(self, ids):
         def rule(g):
             grad = [[0.0] * len(g[0])] * len(self.data)  # the same row of zeros, until it is replaced
@@ -592,9 +597,10 @@ class Tensor:
             w.receive(self.matmul(transpose(g), transpose(self.data)))
         return self.result("linear", self.matmul(self.data, w.data), rule)
 
-    # y = s x, where s = M^-0.5 and M is the mean square. x[i] acts on y in two ways. y[i] has it as a factor:
-    # slope s. And through M and s, it moves every y[j], with slope 2 x[i] / n times -M^-1.5 / 2 = -s^3 / 2
-    # times x[j]: -s y[i] y[j] / n. So dx[i] = s (g[i] - y[i] (y.g) / n), where y.g is the dot product.
+    # y = s x, where s = M^-0.5 and M is the mean square. x[i] acts on y in two ways. It is a factor of y[i],
+    # with slope s. And it moves M (slope 2 x[i] / n), M moves s (slope -M^-1.5 / 2 = -s^3 / 2), and s moves
+    # every y[j] (slope x[j]). Along this path, the slope is -s^3 x[i] x[j] / n = -s y[i] y[j] / n. Times
+    # g[j], and added up over j: dx[i] = s (g[i] - y[i] (y.g) / n), where y.g is the dot product.
     def rmsnorm(self):
         scales = [(sumprod(row, row) / len(row) + 1e-5) ** -0.5 for row in self.data]
         y = [[a * scale for a in row] for row, scale in zip(self.data, scales)]
@@ -609,7 +615,8 @@ class Tensor:
     # The slope of max(0, x) is 1 where x is positive, and 0 elsewhere.
     def relu(self):
         def rule(g):
-            self.receive(Sparse([[b if a > 0 else 0.0 for a, b in zip(x, y)] for x, y in zip(self.data, g)]))
+            dx = [[b if a > 0 else 0.0 for a, b in zip(x, dy)] for x, dy in zip(self.data, g)]
+            self.receive(Sparse(dx))
         return self.result("relu", Sparse([[a if a > 0 else 0.0 for a in row] for row in self.data]), rule)
 
     # For one head of one document of n rows, Q, K, V, Y, and g are n x size, and S and P are n x n:
@@ -617,8 +624,8 @@ class Tensor:
     #     Q' = Q / sqrt(size)    S = Q' K^T    P = softmax of each row of S    Y = P V
     #
     # Y = P V is X W^T with P for X and V^T for W. So dX = g W becomes dP = g V^T, and dW = g^T X becomes
-    # (dV)^T = g^T P. Transposing a product swaps its factors: dV = P^T g. For the softmax, raising s[i] by a
-    # small h raises e^s[i] by a factor of 1 + h, and the sum by 1 + h p[i]. So p[i] gains h p[i], and every
+    # (dV)^T = g^T P, or dV = P^T g, since transposing a product swaps its factors. For the softmax, raising
+    # s[i] by a small h multiplies e^s[i] by 1 + h, and the sum by 1 + h p[i]. So p[i] gains h p[i], and every
     # p[j], p[i] too, loses h p[i] p[j]: ds[i] = p[i] (dp[i] - sum of p[j] dp[j]). Then dQ' = dS K and
     # dK = dS^T Q', as in linear, and dQ = dQ' / sqrt(size). The rule is for an empty cache, as in training.
     @staticmethod
@@ -635,6 +642,7 @@ class Tensor:
 
     def attention(self, k, v, n_head, positions, cache):
         root = math.sqrt(len(self.data[0]) // n_head)
+        # A document begins where the position is 0. (The first row may go on from an earlier call.)
         starts = [t for t, position in enumerate(positions) if t == 0 or position == 0]
         documents = [slice(start, end) for start, end in zip(starts, starts[1:] + [len(positions)])]
         queries, keys, values = [], [], []  # the rows of each document
@@ -645,7 +653,8 @@ class Tensor:
             keys.append([key for key, _ in seen])
             values.append([value for _, value in seen])
         qs, ks, vs = [split_heads(docs, n_head) for docs in (queries, keys, values)]
-        ps = list(map(self.softmax, self.matmuls(qs, ks)))
+        ps = list(map(self.softmax, self.matmuls(qs, ks)))                        # from S = Q' K^T
+        ys = self.matmuls(ps, map(transpose, vs))                                 # P V
 
         def rule(g):
             gs = split_heads([g[rows] for rows in documents], n_head)
@@ -657,7 +666,6 @@ class Tensor:
             self.receive([[a / root for a in row] for row in join_heads(dqs, n_head)])
             k.receive(join_heads(dks, n_head))
             v.receive(join_heads(dvs, n_head))
-        ys = self.matmuls(ps, map(transpose, vs))
         out = self.result("attention", join_heads(ys, n_head), rule)
         out.shares = ps  # for --explain
         return out
@@ -674,13 +682,14 @@ class Tensor:
             for row, target in zip(grad, targets):
                 row[target] -= g / len(targets)
             self.receive(grad)
-        return Tensor(loss / len(targets), "cross_entropy", rule)
+        return self.result("cross_entropy", loss / len(targets), rule)
 
 # 10. Faster products --------------------------------------------------------------------------------------
-# Nearly all the time goes to dot products, and there to the interpreter's loop rather than to arithmetic. Two
-# tricks make the products faster. First, the loop is written out: for vectors of length 3, we let Python
-# compile this function, once. (The comma before "in" is for length 1.) That makes a step 1.5 times as fast on
-# CPython 3.11 and PyPy, and 1.1 times on Python 3.12, whose math.sumprod is a fast loop:
+# Most of the time goes to dot products, and there to the interpreter's loop rather than to arithmetic. Two
+# tricks make the products faster. (Adam is next: fast_adam, below.) First, the loop is written out: for
+# vectors of length 3, we let Python compile this function, once. (The comma before "in" is for length 1.)
+# That makes a step 1.5 times as fast on CPython 3.11, and on PyPy, a Python with a compiler of its own. On
+# Python 3.12, whose math.sumprod is a fast loop, it is 1.1 times:
 #
 #     def product(rows, columns):
 #         out = []
@@ -692,11 +701,11 @@ class Tensor:
 #         return out
 #
 # Second, after a relu, most numbers are 0: six out of seven in a trained model. A product with such a matrix
-# skips them. Relu passes on no gradient where its result is 0, so the rule of the next linear need not
-# compute the gradient there: that is what `where` is for. Skipping makes a step 1.05 times as fast with 16
-# channels, and 1.3 times with 64. PyPy has a compiler of its own. It does better with nothing skipped, and
+# skips them. Relu passes on no gradient where its result is 0. So its gradient has as many zeros, and the
+# rule of the next linear need not compute the gradient there: that is what `where` is for. Skipping makes a
+# step 1.05 times as fast with 16 channels, and 1.3 times with 64. PyPy does better with nothing skipped, and
 # with longer vectors written out. To try it all, pass FastTensor as the last argument of loss_and_grads in
-# section 8.
+# section 8: the minute becomes six seconds.
 
 PYPY = sys.implementation.name == "pypy"
 LONGEST = 256 if PYPY else 15 if hasattr(math, "sumprod") else 64  # for longer ones, a loop does as well
@@ -716,23 +725,23 @@ def products(n):
                 row.append({terms})
             out.append(row)
         return out"""
-    exec(source, names := {})
+    exec(source, names := {})  # runs the source, which puts product into names
     return names["product"]
 
 def sparse_product(rows, columns):
-    """Return the product of rows with many zeros. Of [0, 3, 0, 5], it keeps [3, 5], and those places of each
-    column."""
+    """Return the product of rows with many zeros."""
     out, inner = [], transpose(columns)
     for row in rows:
-        numbers, kept = [*compress(row, row)], [*compress(inner, row)]
-        out += products(len(numbers))([numbers], transpose(kept)) if numbers else [[0.0] * len(columns)]
+        numbers = [*compress(row, row)]            # of [0, 3, 0, 5], compress keeps [3, 5]
+        kept = transpose([*compress(inner, row)])  # of each column, what meets the 3 and the 5
+        out += products(len(numbers))([numbers], kept) if numbers else [[0.0] * len(columns)]
     return out
 
 def masked_product(rows, columns, where):
     """Return the product, but 0 in the places where `where` has 0."""
     out, product = [], products(len(rows[0]))
     for row, mask in zip(rows, where):
-        numbers = iter(product([row], [*compress(columns, mask)])[0])  # only of the other places
+        numbers = iter(product([row], [*compress(columns, mask)])[0])  # one for each place without a 0
         out.append([next(numbers) if a else 0.0 for a in mask])
     return out
 
@@ -745,7 +754,7 @@ class FastTensor(Tensor):
             return products(len(rows[0]))(rows, columns)
         if isinstance(where, Sparse):  # dX, in the rule of the linear after a relu
             return masked_product(rows, columns, where)
-        if isinstance(rows, Sparse):  # Y, in that linear
+        if isinstance(rows, Sparse):  # Y, in that linear, and both products in the rule of the linear before
             return sparse_product(rows, columns)
         if isinstance(columns, Sparse):  # dW, in its rule: the same dot products, transposed
             return transpose(sparse_product(columns, rows))
@@ -774,8 +783,8 @@ def fast_adam(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8):
 # tokens: the pair of neighbors that occurs most often becomes a token of its own, again and again. In
 # "banana", the pairs are ba (once), an (twice), and na (twice). On a tie, the smaller pair wins, here an, and
 # the text becomes b [an] [an] a, in which no pair occurs twice. The first merges of input.txt are an, ar, in,
-# en, and er; after 20, emma is e m ma. Documents are strings of chr(id), and a pair is a string of two, so
-# that Python's own replace() merges a pair, from left to right.
+# en, and er; after 20, emma is e m ma. Documents are strings of chr(id) here (BPETokenizer.merge, below,
+# makes them), and a pair is a string of two. So Python's own replace() merges a pair, from left to right.
 
 def learn_merges_slowly(docs, n, first_id):
     """Return the first n merges, (left id, right id), whose own ids begin at first_id. Return fewer if no
@@ -790,16 +799,17 @@ def learn_merges_slowly(docs, n, first_id):
         merges.append((ord(pair[0]), ord(pair[1])))
     return merges
 
-# This counts all pairs anew for every merge: 200 merges of input.txt take 6 seconds. The function below takes
-# 0.2 seconds, because it counts once, and then corrects only the counts of pairs next to a replaced pair. In
-# xababy, with M for ab, the result is xMMy. To find what has changed, the function splits the text at ab,
-# into the pieces x, "", and y: the last letter of x now meets M, not a; the first letter of y follows M, not
-# b; and at the empty piece, MM has replaced abab, which had ba in the middle.
+# This counts all pairs anew for every merge: 200 merges of input.txt take 1.3 seconds. The function below
+# takes 0.04 seconds, because it counts once, and then corrects only the counts of pairs next to a replaced
+# pair. In xababy, with M for ab, the result is xMMy. To find what has changed, the function splits the text
+# at ab, into the pieces x, "", and y: the last letter of x now meets M, not a; the first letter of y follows
+# M, not b; and at the empty piece, MM has replaced abab, which had ba in the middle.
 #
 # To find the most frequent pair, the function keeps pairs on a heap, a list from which the smallest entry is
-# quick to take, here the entry with the lowest -count. A new pair is put on the heap. When a count falls, the
-# old entry stays, and may claim more than the pair has left. So when an entry comes up, compare it with the
-# count; if it claims too much, put it back corrected.
+# quick to take, here the entry with the lowest -count. A new pair is put on the heap. Afterward, its count
+# can only fall. The old entry stays, so it may claim too much, but never too little. When one comes up,
+# compare it with the count: if they agree, no pair has more; if the entry claims too much, put it back
+# corrected.
 
 BETWEEN = chr(0x10FFFF)  # stands between documents and is part of no pair
 
@@ -860,7 +870,7 @@ class BPETokenizer(CharTokenizer):
         return list(map(ord, self.merge([text])[0]))
 
 # 12. The GPU ----------------------------------------------------------------------------------------------
-# A GPU multiplies thousands of numbers at once, in single precision, but they must travel there and back. For
+# A GPU multiplies thousands of numbers at once, with about 7 digits, but they must travel there and back. For
 # a product of m x k by k x n numbers, measured on CPython 3.12 with an NVIDIA H200:
 #
 #                 the trip    for each of m k + k n + m n numbers    for each of m n k multiplications
@@ -868,10 +878,11 @@ class BPETokenizer(CharTokenizer):
 #     the GPU     0.3 ms      25 ns, to pack it                      less than 0.1 ns
 #
 # With m = k = n = 26, both take 0.35 ms; with 128, Python takes 42 ms and the GPU 1.6. A trip costs as much
-# for many products as for one, so those of all documents and heads go at once. The engine `vulkan` sends the
-# products that gain through a second file, vulkan_gemm.py, which measures these costs at the start.
+# for many products as for one, so those of all documents and heads go at once. The engine `vulkan`, named
+# after an interface to the GPUs of all makers, sends the products that gain through a second file,
+# vulkan_gemm.py, which measures these costs at the start.
 
-@lru_cache(maxsize=None)
+@lru_cache(maxsize=None)  # only the first call starts the GPU
 def gpu_matmuls():
     """Return a matmuls that uses the GPU where that is faster. Raise UserError if there is no GPU."""
     with reporting("cannot use a GPU (--engine tensor needs none)"):
@@ -890,12 +901,13 @@ class VulkanTensor(FastTensor):
 ENGINES = {"scalar": Matrix, "tensor": FastTensor, "vulkan": VulkanTensor}
 
 # 13. All the cores ----------------------------------------------------------------------------------------
-# Python usually runs one thread at a time, so the work is shared among processes, the workers. At each step,
-# every worker gets the weights and a share of the batch through a pipe, and sends back the loss and the
-# gradients of its share. Only this process moves the weights. The loss of the batch is the mean over all
-# predictions: a loss of 2 over 6 predictions and one of 3 over 4 make 0.6 * 2 + 0.4 * 3 = 2.4. The gradients
-# are averaged likewise. A worker begins as a copy of this process (fork) or, where that is not safe, as a new
-# Python that imports this file (spawn). If this process ends, the pipes close, and the workers end, too.
+# Python usually runs one thread at a time, so processes, the workers, share the documents of a batch
+# (--batch-size, in part three). At each step, every worker gets the weights and a share of the batch through
+# a pipe, and sends back the loss and the gradients of its share. Only this process moves the weights. The
+# loss of the batch is the mean over all predictions: a loss of 2 over 6 predictions and one of 3 over 4 make
+# 0.6 * 2 + 0.4 * 3 = 2.4. The gradients are averaged likewise. A worker begins as a copy of this process
+# (fork) or, where that is not safe, as a new Python that imports this file (spawn). If this process ends, the
+# pipes close, and the workers end, too.
 
 # The signals that ask a program to stop, of which not every system has all
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK", "SIGXCPU")
@@ -922,11 +934,13 @@ class Workers:
     """Processes that share the work of loss_and_grads. If n is 1, there are none."""
     def __init__(self, n, engine):
         self.engine, self.processes, self.pipes = engine, [], []
+        if n == 1:
+            return
         context = multiprocessing.get_context(
             "fork" if sys.platform == "linux" and engine is not VulkanTensor else "spawn")
         try:  # signals_wait, in section 20, holds signals back while the workers start
-            with reporting("cannot start the workers"), signals_wait(context if n > 1 else None):
-                for _ in range(n if n > 1 else 0):
+            with reporting("cannot start the workers"), signals_wait(context):
+                for _ in range(n):
                     here, there = context.Pipe()
                     self.pipes.append(here)
                     ends = self.pipes if context.get_start_method() == "fork" else []
@@ -2064,7 +2078,7 @@ class Signals:
 def signals_wait(context):
     """Hold signals back, so that none meets a worker that is only starting. (Windows cannot do this.)"""
     mask = getattr(signal, "pthread_sigmask", None)
-    if context and mask and context.get_start_method() != "fork":
+    if mask and context.get_start_method() != "fork":
         from multiprocessing import resource_tracker
         resource_tracker.ensure_running()  # its start would let signals through again
     before = mask and mask(signal.SIG_BLOCK, STOPS)
