@@ -1253,7 +1253,7 @@ class Run:
         return loss
 
     def save(self, path=None):
-        """Write a checkpoint, by default to the file of --save. (Sections 17 and 20 tell how.)"""
+        """Write a checkpoint, by default to the file of --save. (Section 17 tells how.)"""
         if path or self.args.save:
             save_run(self, path or self.args.save)
 
@@ -1322,6 +1322,83 @@ def read_safetensors(path):
         data = numbers[slice(*entry["data_offsets"])]
         tensors[name] = [list(row) for row in struct.iter_unpack(layout, data)]
     return tensors, metadata
+
+# What does a checkpoint keep of a Run? The tensors are its weights, m, and v. The metadata are facts, in
+# JSON. These are some of them after python microgpt.py --steps 50 --save run.safetensors:
+#
+#     flags         ["--steps=50", "--lr=0.01", ...]            the settings, as words of a command line
+#     characters    "abcdefghijklmnopqrstuvwxyz"                for the tokenizer, with the merges
+#     random        [3, [1554875599, 4042633355, ...], null]    the state of the random generator
+#     losses        [[1, 3.520], [2, 3.493], ...]               (step, loss)
+#
+# Flags are words so that a file of an earlier version can be read: a flag that it lacks gets its default.
+
+PROGRESS = "step", "recent", "losses", "validations", "corpus"  # what a Run knows of its steps so far
+TUNED = "autotune", "batch_sizes", "worker_counts"
+THIS_TIME = "save", "resume", "plot", "trace", "explain", *TUNED  # flags that no later command inherits
+
+def as_argv(flags):
+    """Return name -> value of flags as the words of a command line."""
+    words = []
+    for name, value in flags.items():
+        word = "--" + name.replace("_", "-")
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and each is not False:
+                words.append(word if each is True else f"{word}={each}")
+    return words
+
+def facts_of(run):
+    """Return all that describes a Run, except its matrices."""
+    flags = {name: value for name, value in vars(run.args).items() if name not in THIS_TIME}
+    progress = {name: getattr(run, name) for name in PROGRESS}
+    return {"flags": as_argv(flags), "characters": "".join(run.tokenizer.ids),
+            "merges": run.tokenizer.merges, "random": run.rng.getstate(),
+            "config": vars(run.model), **progress}
+
+def save_run(run, path):
+    """Write a checkpoint. Raise Overflow if a number is not finite."""
+    tensors = dict(run.weights)
+    for name in run.weights:
+        tensors["optimizer.m." + name] = run.m[name]
+        tensors["optimizer.v." + name] = run.v[name]
+    for (row,) in rows_of(tensors):
+        check_finite(row, f"at step {run.step}, ")
+    metadata = {name: json.dumps(value) for name, value in facts_of(run).items()}
+    write_safetensors(path, tensors, {"format": "pt", **metadata})  # pt: PyTorch, which can open it
+    run.saved, run.saved_at = run.step, time.perf_counter()
+
+def run_from(metadata):
+    """Return a Run, still without matrices, from the metadata of a checkpoint."""
+    require("flags" in metadata, "it was not saved by this program: no flags in its metadata")
+    names = "flags", "characters", "merges", "random", *PROGRESS
+    facts = {name: json.loads(metadata[name]) for name in names if name in metadata}
+    args = FLAGS.parse_args(facts["flags"])  # section 20 has FLAGS, which turns words into settings
+    run = Run(args, BPETokenizer(facts["characters"], facts["merges"]), random.Random(), {})
+    version, words, spare = facts["random"]
+    run.rng.setstate((version, tuple(words), spare))  # JSON has made a list of the tuple
+    for name in PROGRESS:
+        setattr(run, name, facts.get(name, getattr(run, name)))  # earlier versions lack some
+    return run
+
+def take(tensors, prefix, shapes):
+    """Remove the matrices of a model from a dictionary of tensors, and return them by name."""
+    rows = {name: tensors.pop(prefix + name) for name in shapes}
+    found = {name: (len(rows[name]), len(rows[name][0])) for name in shapes}
+    require(found == shapes, "its matrices are not those of its model")
+    return rows
+
+def load(path):
+    """Return the Run in a checkpoint. Raise UserError if the file is not a sound one."""
+    with reporting(f"cannot read {path}"):
+        tensors, metadata = read_safetensors(path)
+        run = run_from(metadata)
+        shapes = run.model.shapes()
+        run.weights = take(tensors, "", shapes)
+        run.m, run.v = zeros(run.weights), zeros(run.weights)
+        if tensors:  # a file of weights alone has no running means
+            run.m, run.v = take(tensors, "optimizer.m.", shapes), take(tensors, "optimizer.v.", shapes)
+        run.saved = run.step
+        return run
 
 # 18. Looking inside ---------------------------------------------------------------------------------------
 # What does a model make of a text? After the default run, python microgpt.py --explain emma shows, among
@@ -1424,7 +1501,7 @@ def loss_plot(losses, validations):
     return "\n".join([*svg, "</svg>\n"])
 
 # For those who port this to another language, a trace (--trace) holds all numbers: a line of JSON about the
-# run (facts_of, in section 20), and then one for each step.
+# run (facts_of, section 17), and then one for each step.
 
 def begin_trace(path, run):
     """Write the first line of a trace. For a resumed run, keep only the lines up to its step."""
@@ -1495,6 +1572,11 @@ def train(run, docs, held_out, workers, signals):
         after_step(run, held_out, loss)
     run.save()
 
+def sample_of(run, rng):
+    """Return a sample as the flags ask for it, and as it can be shown."""
+    args = run.args
+    return visible(run.generate(args.prompt, args.temperature, args.top_k, args.max_tokens, rng))
+
 def after_step(run, held_out, loss):
     """Keep the loss, and do what is due after a step: validate, show a sample, save."""
     args, step = run.args, run.step
@@ -1543,11 +1625,81 @@ def compare_losses(run, training, validation):
     if above > args.div_warn:
         warn(f"warning: {message}")
 
-# Where do the documents come from? The lines of the corpus are shuffled, and the last ones are held out,
-# except those also trained on. Then each becomes a list of ids, with BOS on both sides.
+# What do you see of it? A terminal has one line, which changes in place, since it ends in \r, and is cut
+# where the terminal ends. A file or a pipe gets only the step and the loss, as the original microgpt prints
+# them.
+#
+#     step  200 / 2000 | loss 2.2114 | 311 steps/s, 0:00:06 of 0:00:06 left
+
+def on_terminal(): return sys.stdout is sys.__stdout__ and sys.stdout.isatty()  # IDLE's window is not one
+def columns(): return (shutil.get_terminal_size().columns or 80) - 1
+
+def duration(seconds):
+    """Return a time as text: 0:00:42, or 3:20:00."""
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+def show_progress(run, loss, first, begin):
+    """Print the loss of a step and, on a terminal, how fast the run is and when it will end."""
+    step, steps = run.step + 1, run.args.steps
+    text = f"step {step:4d} / {steps:4d} | loss {loss:.4f}"
+    if on_terminal():
+        seconds = (time.perf_counter() - begin) / (step - first)
+        left, whole = duration(seconds * (steps - step)), duration(seconds * (steps - first))
+        text = f"{text} | {1 / seconds:.3g} steps/s, {left} of {whole} left"[: columns()].ljust(columns())
+    print(text, end="\n" if "idlelib" in sys.modules else "\r", flush=True)  # IDLE has no \r
+
+def visible(text):
+    """Return a text with its control characters escaped, as they could hide what a terminal shows."""
+    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
+
+def warn(message):
+    """Print one line on standard error."""
+    if on_terminal():
+        print()  # leaves the progress where it is
+    print("microgpt: " + visible(message).replace("\n", "\\n"), file=sys.stderr, flush=True)
+
+# Where do the documents come from? With --val-fraction 0.1, input.txt goes through these functions:
+#
+#     find_files     returns its full path, so that the run can go on from any folder
+#     load_corpus    returns 9,347 names, shuffled, in the two parts that split makes of them: 8,412 and 935
+#     new_run        makes a tokenizer for a to z, and a Run with random weights
+#     tokenize       turns emma into [26, 4, 12, 12, 0, 26], the ids of its letters between those of BOS
+
+def find_files(patterns):
+    """Return the full paths of the files that match some paths or patterns, each file once, sorted."""
+    files = {}
+    for pattern in patterns:
+        found = [pattern]
+        if not os.path.exists(pattern):
+            found = list(filter(os.path.isfile, glob(pattern, recursive=True)))
+        require(found, f"cannot read {pattern}: No such file or directory")
+        for path in found:
+            files[os.path.realpath(path)] = os.path.abspath(path)  # a link and its file are one
+    return sorted(files.values())
+
+def read_text(path):
+    """Return the text of a UTF-8 file, with a line end at its end."""
+    with reporting(f"cannot read {path}"), open(path, encoding="utf-8-sig") as file:
+        text = file.read().replace("\ufeff", "")  # inside, where files were joined
+        require("\0" not in text, "it has NUL characters (is it UTF-16?)")
+    return text if text.endswith("\n") else text + "\n"
+
+def load_corpus(args, rng):
+    """Return documents to train on, documents held out, and facts about them. A stream is one document."""
+    text = "".join(map(read_text, args.corpus))
+    docs = [text]
+    if not args.stream:
+        docs = [line.strip() for line in text.split("\n")]
+        docs = [line for line in docs if line.strip("\u200b")]  # a zero-width space
+    digest = hashlib.sha256("\n".join(docs).encode()).hexdigest()
+    facts = {"paths": args.corpus, "documents": len(docs), "sha256": digest}
+    rng.shuffle(docs)
+    docs, held_out = split(docs, args)
+    return docs, held_out, facts
 
 def split(docs, args):
-    """Return documents, or the one text of a stream, in two parts: to train on, and to hold out."""
+    """Return documents, or the one text of a stream, in two parts: to train on, and to hold out. Hold out the
+    last ones, except those that also stand in the first part."""
     whole = docs[0] if args.stream else docs
     cut = len(whole)
     if args.val_fraction:
@@ -1568,9 +1720,16 @@ def new_run(args, docs, held_out, rng):
         tokenizer = BPETokenizer(tokenizer.tokens, merges)
     return Run(args, tokenizer, rng)
 
-def tokenize(run, docs):
-    """Turn documents from text into lists of ids. Leave out those that have only unknown characters."""
-    return [run.boundary + list(map(ord, doc)) + run.boundary for doc in run.tokenizer.merge(docs) if doc]
+def tokenize(run, docs, held_out):
+    """Return lists of ids: documents to train on, and at most 128, cut at the context, to validate on. Leave
+    out documents that have only unknown characters."""
+    edge, size = run.boundary, run.model.block_size
+    def convert(texts): return [[*edge, *map(ord, doc), *edge] for doc in run.tokenizer.merge(texts) if doc]
+    docs, held_out = convert(docs), convert(held_out)
+    if run.args.stream:
+        held_out = [text[i : i + size + 1] for text in held_out for i in range(0, len(text) - 1, size)]
+    check_lengths(run.args, docs, held_out)  # section 20
+    return docs, [doc[: size + 1] for doc in held_out[:: len(held_out) // 128 + 1]]
 
 # Which settings are fastest? --autotune tries them, three steps each after one to warm up, and shows tokens
 # per second: the larger the batch, the more a worker or a GPU has to do at a time. It saves nothing.
@@ -1611,21 +1770,62 @@ def autotune(run, docs, given):
     say(shlex.join([os.path.basename(sys.executable), sys.argv[0], *as_argv(flags)]))
 
 # 20. The command line -------------------------------------------------------------------------------------
-# Nothing below is about learning: you can stop here. A command line is a list of words, such as --steps=500.
-# FLAGS turns them into args, here with args.steps = 500. parse_args takes flags that are not given from the
-# defaults or the run to resume, prepare turns the corpus into documents, and execute calls them both, trains,
-# and shows samples.
+# Nothing below is about learning: you can stop here. This section leads from a command to the functions
+# above, and follows two commands, today's and tomorrow's:
 #
-# If something is wrong, standard error gets one line, and the exit status is 2 for the command line, 128 plus
-# its number for a signal, and 1 for everything else: after Ctrl-C, which is signal 2, it is 130.
+#     python microgpt.py --steps 50 --save run.safetensors
+#     python microgpt.py --resume run.safetensors --steps 100
+#
+# Python gives us a command as a list of words, argv: ["--steps", "50", "--save", "run.safetensors"]. To do
+# what they ask for takes four functions, and execute calls them in this order:
+#
+#     function          what comes of it      today                       tomorrow
+#     parse_args        args, the settings    50 steps, else defaults     100 steps, else as saved today
+#                       a Run to resume       none                        the saved one, at step 50
+#     prepare           a Run                 with random weights         that one
+#                       documents             9,347 names                 the same names
+#     train_and_keep    steps, and a file     steps 1 to 50               steps 51 to 100
+#     show              samples               kn, kaoa, kela, ...         qssli, benil, qelli, ...
 
-class UsageError(UserError): status = 2
+def execute(argv, signals):
+    """Do what a command line asks for, and return the exit status."""
+    run = None
+    try:
+        args, run, given = parse_args(argv)
+        run, docs, held_out = prepare(args, run, given)
+        check_texts(run, args)
+        if args.autotune:
+            autotune(run, docs, given)
+            return 0
+        if held_out and run.step >= args.steps:
+            validate(run, held_out)  # else train does it after the last step
+        train_and_keep(run, docs, held_out, signals)
+        show(run)
+        return 0
+    except (RuntimeError, ArithmeticError, ValueError, MemoryError, OSError, KeyboardInterrupt) as error:
+        return report(error, run, signals.caught)
+
+# First, parse_args. Python's argparse reads the words for us. At a wrong word, it would end the whole
+# process, which may be a notebook. So our Parser raises a UsageError instead, and execute prints its message.
+
+class UsageError(UserError): status = 2  # the exit status (report, below)
+
+def demand(*rules):
+    """Raise UsageError with the message of the first (condition, message) that does not hold."""
+    for condition, message in rules:
+        require(condition, message, UsageError)
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         if "expected one" in message:
             message += " (if it begins with -, write --flag=VALUE)"
         raise UsageError(message + "; see --help")
+
+    def print_help(self, file=None): print(self.format_help(), end="", flush=True)
+
+# A value comes as text, such as "50". So each flag has a type, a function that turns text into a value, or
+# refuses it. The type number(int, 1) turns "50" into 50, and refuses "0" and "many". In --help, a metavar,
+# such as N, stands for the value.
 
 def number(kind, low, high=math.inf):
     """Return a function that turns a text into a number, low <= number < high, or refuses it."""
@@ -1638,13 +1838,17 @@ def number(kind, low, high=math.inf):
         raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}, at least {low}{below}")
     return parse
 
-N = {"metavar": "N", "type": number(int, 0, 10**12)}
-COUNT = {"metavar": "N", "type": number(int, 1, 10**9)}
-COUNTS = {"metavar": "N,N", "type": lambda text: [COUNT["type"](word) for word in text.split(",")]}
-X = {"metavar": "X", "type": number(float, 0)}
-SHARE = {"metavar": "X", "type": number(float, 0, 1)}
-TEXT = {"metavar": "TEXT", "type": lambda text: text.replace("\\n", "\n")}
-CORES = [2**i for i in range((os.cpu_count() or 1).bit_length())]
+N = {"metavar": "N", "type": number(int, 0, 10**12)}     # 0, 1, 2, ...
+COUNT = {"metavar": "N", "type": number(int, 1, 10**9)}  # 1, 2, 3, ...
+COUNTS = {"metavar": "N,N", "type": lambda text: [COUNT["type"](word) for word in text.split(",")]}  # 1,2,4
+X = {"metavar": "X", "type": number(float, 0)}            # 0 or more
+SHARE = {"metavar": "X", "type": number(float, 0, 1)}     # from 0 to below 1
+TEXT = {"metavar": "TEXT", "type": lambda text: text.replace("\\n", "\n")}  # typed on one line
+CORES = [2**i for i in range((os.cpu_count() or 1).bit_length())]  # 1, 2, 4, ... up to the cores
+
+# These are all flags, with the texts of --help. FLAGS.parse_args(["--steps", "50"]) returns an object with
+# steps = 50, lr = 0.01, and so on: each flag's first name, with _ for -, and its value or its default.
+
 FLAGS = Parser(prog="microgpt", usage="%(prog)s [flags]", allow_abbrev=False)
 
 flag = FLAGS.add_argument_group("basics").add_argument  # from here on, flag(...) adds one to the group
@@ -1699,176 +1903,80 @@ flag("--autotune", action="store_true", help="find the fastest of the following,
 flag("--batch-sizes", **COUNTS, default=[1, 2, 4, 8, 16], help="sizes to try (1,2,4,8,16)")
 flag("--worker-counts", **COUNTS, default=CORES, help="to try (1,2,4 ... up to the cores)")
 
-FIXED = "n_layer", "n_embd", "n_head", "block_size", "arch", "merges", "stream"  # in a resumed run
-TUNED = "autotune", "batch_sizes", "worker_counts"
-THIS_TIME = "save", "resume", "plot", "trace", "explain", *TUNED  # a checkpoint does not keep these
+# A setting has a default. A run to resume has its own, and a command may have one; the last wins. Tomorrow:
+#
+#                default    saved today    given tomorrow     args
+#     steps      1000       50             100                100
+#     lr         0.01       0.01                              0.01
+#     resume                               run.safetensors    run.safetensors
+#     save                                                    run.safetensors (resume, below, sets it)
 
-def as_argv(flags):
-    """Return name -> value of flags as the words of a command line."""
-    words = []
-    for name, value in flags.items():
-        word = "--" + name.replace("_", "-")
-        if value is True:
-            words.append(word)
-        elif value is not None and value is not False:
-            values = value if isinstance(value, list) else [value]
-            words += [f"{word}={each}" for each in values]
-    return words
-
-# A checkpoint (section 17) holds the matrices of a Run and, as metadata, these facts. Its flags are kept as
-# words, so that an old file can be read like a command line.
-
-PROGRESS = "step", "recent", "losses", "validations", "corpus"  # what a Run knows of its steps so far
-
-def facts_of(run):
-    """Return all that describes a Run, except its matrices."""
-    flags = {name: value for name, value in vars(run.args).items() if name not in THIS_TIME}
-    progress = {name: getattr(run, name) for name in PROGRESS}
-    return {"flags": as_argv(flags), "characters": "".join(run.tokenizer.ids),
-            "merges": run.tokenizer.merges, "random": run.rng.getstate(),
-            "config": vars(run.model), **progress}
-
-def save_run(run, path):
-    """Write a checkpoint. Raise Overflow if a number is not finite."""
-    tensors = dict(run.weights)
-    for name in run.weights:
-        tensors["optimizer.m." + name] = run.m[name]
-        tensors["optimizer.v." + name] = run.v[name]
-    for (row,) in rows_of(tensors):
-        check_finite(row, f"at step {run.step}, ")
-    metadata = {name: json.dumps(value) for name, value in facts_of(run).items()}
-    write_safetensors(path, tensors, {"format": "pt", **metadata})  # pt: PyTorch, which can open it
-    run.saved, run.saved_at = run.step, time.perf_counter()
-
-def run_from(metadata):
-    """Return a Run, still without matrices, from the metadata of a checkpoint."""
-    require("flags" in metadata, "it was not saved by this program: no flags in its metadata")
-    names = "flags", "characters", "merges", "random", *PROGRESS
-    facts = {name: json.loads(metadata[name]) for name in names if name in metadata}
-    args = FLAGS.parse_args(facts["flags"])
-    run = Run(args, BPETokenizer(facts["characters"], facts["merges"]), random.Random(), {})
-    version, words, spare = facts["random"]
-    run.rng.setstate((version, tuple(words), spare))  # JSON has made a list of the tuple
-    for name in PROGRESS:
-        setattr(run, name, facts.get(name, getattr(run, name)))  # earlier versions lack some
-    return run
-
-def load(path):
-    """Return the Run in a checkpoint. Raise UserError if the file is not a sound one."""
-    with reporting(f"cannot read {path}"):
-        tensors, metadata = read_safetensors(path)
-        run = run_from(metadata)
-        shapes = run.model.shapes()
-        def take(prefix):
-            rows = {name: tensors.pop(prefix + name) for name in shapes}
-            found = {name: (len(rows[name]), len(rows[name][0])) for name in shapes}
-            require(found == shapes, "its matrices are not those of its model")
-            return rows
-        run.weights = take("")
-        run.m, run.v = zeros(run.weights), zeros(run.weights)
-        if tensors:  # a file of weights alone has no running means
-            run.m, run.v = take("optimizer.m."), take("optimizer.v.")
-        run.saved = run.step
-        return run
+def given_flags(argv):
+    """Return name -> value of the flags that a command line has, without defaults."""
+    nothing = dict.fromkeys(vars(FLAGS.parse_args([])))  # name -> None: what is there gets no default
+    flags = vars(FLAGS.parse_args(argv, argparse.Namespace(**nothing)))
+    return {name: value for name, value in flags.items() if value is not None}
 
 def parse_args(argv):
-    """Return the flags, the Run to resume or None, the flags given, and whether a corpus is needed."""
-    defaults = vars(FLAGS.parse_args([]))
-    nothing = argparse.Namespace(**dict.fromkeys(defaults))  # every flag is None, so no default is set
-    given = vars(FLAGS.parse_args(argv, nothing))
-    given = {name: value for name, value in given.items() if value is not None}
+    """Return the settings, the Run to resume (None: a new one), and the flags that the command line has."""
+    given = given_flags(argv)
     run = load(given["resume"]) if "resume" in given else None
-    base = vars(run.args) if run else defaults
-    args = argparse.Namespace(**{**base, **given})
-    # A run that has made all its steps only samples, for which the checkpoint has all that is needed.
-    needs_corpus = run is None or run.step < args.steps or "corpus" in given or "val_fraction" in given
-    if needs_corpus:
-        folder = os.path.dirname(globals().get("__file__", ""))  # a notebook's cell has no __file__
-        default = "input.txt" if os.path.exists("input.txt") else os.path.join(folder, "input.txt")
-        args.corpus = find_files(args.corpus or [default])
+    base = run.args if run else FLAGS.parse_args([])
+    args = argparse.Namespace(**{**vars(base), **given})  # of two values for a name, the later one wins
+    if needs_corpus(args, run, given):
+        args.corpus = find_files(args.corpus or [default_corpus()])
     if "div_warn" in given or "div_crit" in given:  # these need a validation
-        require(run is None or args.val_fraction, "the run to resume has no --val-fraction", UsageError)
+        demand((run is None or args.val_fraction, "the run to resume has no --val-fraction"))
         args.val_fraction = args.val_fraction or 0.1
     if run:
-        if args.save and os.path.realpath(args.save) == os.path.realpath(args.resume):
-            args.save = args.resume  # two names of one file: the run replaces its own checkpoint
         resume(run, args, given)
     check(args)
-    return args, run, given, needs_corpus
+    return args, run, given
+
+def needs_corpus(args, run, given):
+    """Return whether documents must be read. A run that has made all its steps only shows samples."""
+    return run is None or run.step < args.steps or "corpus" in given or "val_fraction" in given
+
+def default_corpus():
+    """Return the path of input.txt, here or beside this file. (A notebook's cell has no __file__.)"""
+    folder = os.path.dirname(globals().get("__file__", ""))
+    return "input.txt" if os.path.exists("input.txt") else os.path.join(folder, "input.txt")
+
+# You may resume a run for more samples, for more steps, or for steps on another corpus (fine-tuning), which
+# make it a new run, in a new file. Its matrices keep their sizes. And more steps on the same corpus must hold
+# out the same names, the last ones after a shuffle by the seed.
+
+FIXED = "n_layer", "n_embd", "n_head", "block_size", "arch", "merges", "stream"
 
 def resume(run, args, given):
-    """Let a run go on with new flags. Refuse those that would make it another run."""
-    old, run.args = run.args, args
-    more = run.step < args.steps  # are there steps to make, or only samples?
+    """Let a run go on with new settings. Refuse those that would make it another run."""
+    old, run.args, path = run.args, args, args.resume
+    if args.save and os.path.realpath(args.save) == os.path.realpath(path):
+        args.save = path  # two names of one file: the run replaces its own checkpoint
+    more_steps = run.step < args.steps
+    fine_tuning = run.corpus and "corpus" in given and args.corpus != old.corpus
+    same_split = args.seed == old.seed and args.val_fraction == old.val_fraction
     changed = [name.replace("_", "-") for name in FIXED if getattr(args, name) != getattr(old, name)]
-    require(not changed, f"{args.resume} was made with another --{' --'.join(changed)}", UsageError)
-    if run.corpus and "corpus" in given and args.corpus != old.corpus:  # fine-tuning
-        require(more, f"{args.resume} has made its {run.step} steps; --steps must be larger", UsageError)
-        require(args.save not in (None, args.resume), "a new --corpus needs a new --save, too", UsageError)
-    elif more:
-        same = args.seed == old.seed and args.val_fraction == old.val_fraction
-        require(same, "another --seed or --val-fraction would train on what was held out", UsageError)
+    demand(
+        (not changed, f"{path} was made with another --{' --'.join(changed)}"),
+        (not fine_tuning or more_steps, f"{path} has made its {run.step} steps; --steps must be larger"),
+        (not fine_tuning or args.save not in (None, path), "a new --corpus needs a new --save, too"),
+        (fine_tuning or not more_steps or same_split,
+         "another --seed or --val-fraction would train on what was held out"))
+    if more_steps and args.save is None:
+        args.save = path
     if args.seed != old.seed:
         run.rng.seed(args.seed)
-    if more and args.save is None:
-        args.save = args.resume
     if args.optimizer != old.optimizer:
         warn(f"note: {args.optimizer} starts anew, without the running means of {old.optimizer}")
         run.m, run.v = zeros(run.weights), zeros(run.weights)
 
-def find_files(patterns):
-    """Return the paths of the files that match some paths or patterns, each file once, sorted."""
-    files = {}
-    for pattern in patterns:
-        found = [pattern]
-        if not os.path.exists(pattern):
-            found = list(filter(os.path.isfile, glob(pattern, recursive=True)))
-        require(found, f"cannot read {pattern}: No such file or directory")
-        for path in found:
-            files[os.path.realpath(path)] = os.path.abspath(path)  # a link and its file are one
-    return sorted(files.values())
+# Next, prepare gets the documents, as section 19 shows, and prints the first three lines that you see.
 
-def read_text(path):
-    """Return the text of a UTF-8 file, with a line end at its end."""
-    with reporting(f"cannot read {path}"), open(path, encoding="utf-8-sig") as file:
-        text = file.read().replace("\ufeff", "")  # inside, where files were joined
-        require("\0" not in text, "it has NUL characters (is it UTF-16?)")
-    return text if text.endswith("\n") else text + "\n"
-
-def load_corpus(args, rng):
-    """Return documents to train on, documents held out, and facts about them. A stream is one document."""
-    text = "".join(map(read_text, args.corpus))
-    docs = [text]
-    if not args.stream:
-        docs = [line.strip() for line in text.split("\n")]
-        docs = [line for line in docs if line.strip("\u200b")]  # a zero-width space
-    digest = hashlib.sha256("\n".join(docs).encode()).hexdigest()
-    facts = {"paths": args.corpus, "documents": len(docs), "sha256": digest}
-    rng.shuffle(docs)
-    docs, held_out = split(docs, args)
-    return docs, held_out, facts
-
-def fit_context(args, docs, held_out):
-    """Return at most 128 lists of ids to validate on, spread over all that is held out. Say if documents will
-    be cut, and refuse a stream that is too short."""
-    size = args.block_size
-    if args.stream:
-        held_out = [text[i : i + size + 1] for text in held_out for i in range(0, len(text) - 1, size)]
-        enough = len(docs[0]) > size and (held_out or not args.val_fraction)
-        require(enough, f"a stream of {len(docs[0])} tokens is too short for a context of {size}")
-    else:
-        long = sum(len(doc) > size + 1 for doc in docs)
-        longest = max(map(len, docs)) - 1  # without BOS at the end, which is only a target
-        hint = "--stream reads all" if len(docs) == 1 else f"--context {longest} would hold all"
-        if long:
-            warn(f"note: {long} of {len(docs)} documents exceed --context {size} and are cut there; {hint}")
-    return [doc[: size + 1] for doc in held_out[:: len(held_out) // 128 + 1]]
-
-def prepare(args, run, needs_corpus):
-    """Return the Run (a new one if it is None), tokenized documents to train on, and lists of ids to validate
-    on. A run that has made all its steps needs no corpus, and gets no documents."""
+def prepare(args, run, given):
+    """Return the Run, made if it is None, and what tokenize returns (nothing if no corpus is needed)."""
     docs, held_out, rng = [], [], random.Random(args.seed)
-    if needs_corpus:
+    if needs_corpus(args, run, given):
         docs, held_out, corpus = load_corpus(args, rng)
         say(f"num docs: {len(docs)}")
         if run:
@@ -1876,22 +1984,23 @@ def prepare(args, run, needs_corpus):
         run = run or new_run(args, docs, held_out, rng)
         run.corpus = corpus
         characters = sum(map(len, docs))
-        docs, held_out = tokenize(run, docs), tokenize(run, held_out)
-        require(docs, "the model knows none of these characters")
+        docs, held_out = tokenize(run, docs, held_out)
         if run.tokenizer.merges:
             tokens = sum(len(doc) - 2 * len(run.boundary) for doc in docs)
             say(f"characters per token: {characters / tokens:.2f}")
-        held_out = fit_context(args, docs, held_out)
     say(f"vocab size: {run.tokenizer.vocab_size}")
     say(f"num params: {sum(len(row) for (row,) in rows_of(run.weights))}")
     return run, docs, held_out
 
+# Training may take hours, and may end early: a worker dies, the memory is full, or you press Ctrl-C, which
+# sets signals.caught. Then the steps made are saved. (Not after an Overflow: the last checkpoint is better.)
+
 def train_and_keep(run, docs, held_out, signals):
-    """Train, and draw the plot. If any error but an overflow ends training early, save the steps made."""
+    """Train, draw the plot, and save, even if training ends early."""
     args, first = run.args, run.step
     if args.trace:
         begin_trace(args.trace, run)
-    signals.training = True
+    signals.training = True  # from now on, Ctrl-C lets the step end (class Signals, below)
     workers = Workers(args.workers if first < args.steps else 1, ENGINES[args.engine])
     try:
         train(run, docs, held_out, workers, signals)
@@ -1908,10 +2017,6 @@ def train_and_keep(run, docs, held_out, signals):
     if signals.caught:
         raise KeyboardInterrupt
 
-def sample_of(run, rng):
-    args = run.args
-    return visible(run.generate(args.prompt, args.temperature, args.top_k, args.max_tokens, rng))
-
 def show(run):
     """Print the samples and what --explain asks for."""
     args = run.args
@@ -1925,35 +2030,8 @@ def show(run):
             warn(f"note: --explain shows what --context {args.block_size} can hold, and not the rest")
         explain(run, ids[: args.block_size + 1])
 
-def execute(argv, signals):
-    """Do what a command line asks for, and return the exit status."""
-    run = None
-    try:
-        try:
-            args, run, given, needs_corpus = parse_args(argv)
-            run, docs, held_out = prepare(args, run, needs_corpus)
-            check_texts(run, args)
-            if args.autotune:
-                autotune(run, docs, given)
-            else:
-                if held_out and run.step >= args.steps:
-                    validate(run, held_out)
-                train_and_keep(run, docs, held_out, signals)
-                show(run)
-        finally:
-            sys.stdout.flush()
-        return 0
-    except KeyboardInterrupt:
-        message, status = "interrupted", 128 + (signals.caught or 2)
-    except (RuntimeError, ArithmeticError, ValueError, MemoryError) as error:
-        message, status = f"error: {reason(error)}", getattr(error, "status", 1)
-    except OSError as error:  # file errors are UserErrors: this is standard output
-        message, status = lost_output(error), 1
-    if message and run:
-        message += "; nothing was saved" if run.saved is None else f"; step {run.saved} is saved"
-    if message:
-        warn(message)
-    return status
+# In a notebook, learn(["emma", "anna"], steps=500) does the same for a list of strings. It turns the settings
+# into words, so that they are checked like those of a command, and returns the Run (section 16).
 
 def learn(docs, **settings):
     """Return a Run, trained on a list of strings. Settings are flags by name: learn(docs, steps=500)."""
@@ -1962,46 +2040,82 @@ def learn(docs, **settings):
     check(args)
     docs, held_out = split(list(docs), args)
     run = new_run(args, docs, held_out, random.Random(args.seed))
-    docs, held_out = tokenize(run, docs), tokenize(run, held_out)
-    train_and_keep(run, docs, fit_context(args, docs, held_out), Signals())
+    train_and_keep(run, *tokenize(run, docs, held_out), Signals())
     say("")  # ends the line of the last loss
     return run
 
-# The rest checks, reports, and cleans up, mostly for odd places and bad days: skip it until you need it.
+# That was a good day. The rest checks, reports, and cleans up on bad days: skip it until you have one.
 #
-# First, no command may destroy your files: a checkpoint replaces only its own earlier version, and a picture
-# or a trace only a file of its own kind. It is better to refuse now than after hours of training.
+#     what happens                   what you read, after "microgpt: "                          raised by
+#     you type --heads 3             error: --heads 3 does not divide --d-model 16              check
+#     you repeat today's command     error: run.safetensors holds a run of 50 steps: ...        check_files
+#     tomorrow, the prompt is é      error: the model was trained without 'é' (U+00E9); ...     check_texts
+#     a worker dies in step 37       error: a worker has died; step 36 is saved                 Workers
+#     you press Ctrl-C in step 37    interrupted; step 37 is saved                              train_and_keep
+#     the disk is full               error: cannot save run.safetensors: No space left ...      replace_file
+#
+# All of these are exceptions, and end in report. It prints the line, and chooses the exit status, a number
+# for other programs: 0 means that all went well, 2 a mistake in the command, 1 any other error, and 128 + n
+# signal n. Ctrl-C is signal 2, and so gives 130.
+#
+# Errors of files are UserErrors by now (see reporting, before section 9). So an OSError is about standard
+# output. After python microgpt.py | head -1, its reader has gone, and nobody wants to know more.
+
+def report(error, run, caught):
+    """Say in a line why a command has ended early, and what is saved. Return the exit status."""
+    message, status = f"error: {reason(error)}", getattr(error, "status", 1)
+    if isinstance(error, KeyboardInterrupt):
+        message, status = "interrupted", 128 + (caught or 2)
+    elif isinstance(error, OSError):
+        message = f"error: cannot write the output: {reason(error)}"
+        with suppress(OSError, ValueError):  # send the rest to nowhere, or Python tries again on exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return status
+    if run:
+        message += "; nothing was saved" if run.saved is None else f"; step {run.saved} is saved"
+    warn(message)
+    return status
+
+# The first three are found before training: it is better to refuse now than after hours.
 
 def check(args):
     """Refuse flags that do not go together, and files that cannot be written."""
-    heads, channels = args.n_head, args.n_embd
-    require(channels % heads == 0, f"--heads {heads} does not divide --d-model {channels}", UsageError)
-    workers = f"--workers {args.workers} is more than --batch-size {args.batch_size}"
-    require(args.workers <= args.batch_size, workers, UsageError)
+    heads, channels, workers = args.n_head, args.n_embd, args.workers
     weights = 12 * args.n_layer * channels**2 + args.block_size * channels  # without those of the vocabulary
-    require(weights <= 10**9, "the model is too large", UsageError)
+    demand(
+        (channels % heads == 0, f"--heads {heads} does not divide --d-model {channels}"),
+        (workers <= args.batch_size, f"--workers {workers} is more than --batch-size {args.batch_size}"),
+        (weights <= 10**9, "the model is too large"))
+    check_files(args)
+
+# No command may destroy a file of yours. A picture (--plot) replaces only a file that begins as a picture
+# does, and a trace one that begins as a trace does. A checkpoint replaces only its own earlier version.
+
+def check_files(args):
+    """Refuse to use one file twice, and to replace what must be kept."""
     files = [args.plot, args.trace, *(args.corpus or []), *{args.save, args.resume}]  # these two may be one
     places = [os.path.realpath(path) for path in files if path]
-    require(len(set(places)) == len(places), "a file is named for two purposes", UsageError)
-    if check_place("--save needs a file", args.save) and args.save != args.resume:
+    demand((len(set(places)) == len(places), "a file is named for two purposes"))
+    if is_taken("save", args.save) and args.save != args.resume:
         with reporting(f"cannot write {args.save}"), open(args.save, "rb") as file:
             steps = json.loads(read_header(file)[0]["step"])
         raise UsageError(f"{args.save} holds a run of {steps} steps: "
                          f"go on with --resume {args.save}, or save under another name")
     for name, end, start in ("plot", ".svg", b"<svg"), ("trace", ".jsonl", b'{"flags"'):
         path = getattr(args, name)
-        if check_place(f"--{name} needs a file *{end}", path, end):
+        if is_taken(name, path, end):
             with reporting(f"cannot write {path}"), open(path, "rb") as file:
                 begin = file.read(len(start))
-            require(start.startswith(begin), f"{path} holds something else", UsageError)
+            demand((start.startswith(begin), f"{path} holds something else"))
 
-def check_place(need, path, end=""):
-    """Return whether there is a file at a path (None: no). Refuse a path where no file can be written."""
+def is_taken(name, path, end=""):
+    """Return whether there is a file at the path of a flag. Refuse a path where no file can be written."""
     if path is None:
         return False
     target = os.path.realpath(path)
     good = path and path.endswith(end) and os.access(os.path.dirname(target), os.W_OK)
-    require(good, f"{need} in a writable folder, not {path!r}", UsageError)
+    demand((good, f"--{name} needs a file{end and ' *' + end} in a writable folder, not {path!r}"))
     with reporting(f"cannot write {path}"):
         try:
             os.stat(target)  # which refuses a name that is too long
@@ -2010,60 +2124,53 @@ def check_place(need, path, end=""):
         require(os.path.isfile(target), "it is not a file")
     return True
 
+# These are about texts: the corpus, which may have changed since yesterday, and those of --prompt and
+# --explain.
+
 def compare_corpus(run, corpus, docs):
     """Say in a line what is new to a run that goes on with these documents."""
     notes, old = [], run.corpus or {"paths": ["an unknown text"], "documents": 0}
     if old != corpus:
         then, now = [f"{', '.join(text['paths'])} ({text['documents']} documents)" for text in (old, corpus)]
         notes.append(f"it was trained on {then}, and goes on with {now}")
-    unknown = Counter(char for doc in docs for char in doc if char not in run.tokenizer.ids)
+    unknown = [char for doc in docs for char in doc if char not in run.tokenizer.ids]
     if unknown:
-        chars, n = ", ".join(map(repr, sorted(unknown))), sum(unknown.values())
-        notes.append(f"the model was trained without {chars}, so {n} characters are left out")
+        chars = ", ".join(map(repr, sorted(set(unknown))))
+        notes.append(f"the model was trained without {chars}, so {len(unknown)} characters are left out")
     if notes:
         warn("note: " + "; ".join(notes))
 
+def check_lengths(args, docs, held_out):
+    """Refuse a corpus that is too short for the context, and say if documents will be cut."""
+    require(docs, "the model knows none of these characters")
+    size, longest = args.block_size, max(map(len, docs)) - 1  # without the last token, only a target
+    if args.stream:
+        enough = longest >= size and (held_out or not args.val_fraction)
+        require(enough, f"a stream of {longest + 1} tokens is too short for a context of {size}")
+    elif longest > size:
+        long = sum(len(doc) > size + 1 for doc in docs)
+        hint = "--stream reads all" if len(docs) == 1 else f"--context {longest} would hold all"
+        warn(f"note: {long} of {len(docs)} documents exceed --context {size} and are cut there; {hint}")
+
 def check_texts(run, args):
-    """Refuse what the model cannot know."""
-    run.encode(args.prompt)
+    """Refuse a --prompt or --explain that the model cannot read."""
+    run.encode(args.prompt)  # raises the error of section 11
     explained = args.explain is None or len(run.encode(args.explain) + run.boundary) > 1
-    require(explained, "--explain needs at least two tokens", UsageError)
+    demand((explained, "--explain needs at least two tokens"))
 
-# What a person sees. A terminal gets one line that changes in place and is never wider than the terminal. A
-# file or a pipe gets no rates and times, and so, without flags, only what the original microgpt prints.
-
-def on_terminal(): return sys.stdout is sys.__stdout__ and sys.stdout.isatty()  # IDLE's window is not one
-def columns(): return (shutil.get_terminal_size().columns or 80) - 1
-
-def warn(message):
-    """Print one line on standard error."""
-    if on_terminal():
-        print()  # leaves the progress where it is
-    print("microgpt: " + visible(message).replace("\n", "\\n"), file=sys.stderr, flush=True)
-
-def visible(text):
-    """Return a text with its control characters escaped, as they could hide what a terminal shows."""
-    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
-
-def duration(seconds):
-    """Return a time as text: 0:00:42, or 3:20:00."""
-    return str(datetime.timedelta(seconds=round(seconds)))
-
-def show_progress(run, loss, first, begin):
-    """Print the loss of a step and, on a terminal, how fast the run is and when it will end."""
-    step, steps = run.step + 1, run.args.steps
-    text = f"step {step:4d} / {steps:4d} | loss {loss:.4f}"
-    if on_terminal():
-        seconds = (time.perf_counter() - begin) / (step - first)
-        left, whole = duration(seconds * (steps - step)), duration(seconds * (steps - first))
-        text = f"{text} | {1 / seconds:.3g} steps/s, {left} of {whole} left"[: columns()].ljust(columns())
-    print(text, end="\n" if "idlelib" in sys.modules else "\r", flush=True)  # IDLE has no \r
-
-# Ctrl-C sends a signal. In training, the first one lets the step end, so that the run can be saved. A second
-# one ends the run at once. Handlers belong to the process, which may be a notebook, so main puts them back.
+# When you press Ctrl-C, Python calls a function of ours, wherever the program is. In the middle of a step,
+# some weights have moved, and others have not. So in training, our function, catch, only takes a note:
+#
+#     in step 37       catch sets caught = 2
+#     after step 37    train sees it, and saves the run
+#     then             train_and_keep raises KeyboardInterrupt, as Ctrl-C usually does at once
+#
+# Outside of training, or at a second signal, catch raises it at once.
 
 class Signals:
-    caught, training = 0, False
+    """The signals that ask the program to stop. From start() to end(), each of them calls catch()."""
+    def __init__(self):
+        self.caught, self.training, self.before = 0, False, {}
 
     def catch(self, number, frame):
         if self.caught and number not in (signal.SIGINT, signal.SIGTERM):
@@ -2074,9 +2181,22 @@ class Signals:
         if on_terminal():
             os.write(2, b"\nmicrogpt: finishing this step; interrupt again to stop without saving\n")
 
+    def start(self):
+        if threading.current_thread() is threading.main_thread():  # Python allows it only there
+            for number in STOPS:
+                if signal.getsignal(number) not in (None, signal.SIG_IGN):  # nohup, for example, sets SIG_IGN
+                    self.before[number] = signal.signal(number, self.catch)
+
+    def end(self, ignore):
+        """Put back what was there before, or ignore all further signals."""
+        for number, handler in self.before.items():
+            signal.signal(number, signal.SIG_IGN if ignore else handler)
+
+# A worker (section 13) that is only starting cannot ignore signals yet. So meanwhile, they wait.
+
 @contextmanager
 def signals_wait(context):
-    """Hold signals back, so that none meets a worker that is only starting. (Windows cannot do this.)"""
+    """Hold signals back while workers start in this multiprocessing context. (Windows cannot.)"""
     mask = getattr(signal, "pthread_sigmask", None)
     if mask and context.get_start_method() != "fork":
         from multiprocessing import resource_tracker
@@ -2088,27 +2208,20 @@ def signals_wait(context):
         if mask:
             mask(signal.SIG_SETMASK, before)
 
-def lost_output(error):
-    """Return what to say when standard output cannot be written to: nothing if its reader has gone."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again on exit
-    return "" if isinstance(error, BrokenPipeError) else f"error: cannot write the output: {reason(error)}"
+# Last comes main, where it begins. Training makes no reference cycles, so Python need not look for them.
+# (PyPy has no other way to free memory.) In a notebook, the process lives on, and must be left as it was.
 
 def main(argv=(), ends=False):
-    """Run a command line, return its exit status, and leave the process as it was, unless it ends now."""
-    collects, signals, before, status = gc.isenabled(), Signals(), {}, 1
-    if not PYPY:  # which has no other way to free memory
-        gc.disable()  # training makes no reference cycles
+    """Run a command line, and return its exit status. Leave the process as it was, unless it ends now."""
+    collects, signals, status = gc.isenabled(), Signals(), 1
+    if not PYPY:
+        gc.disable()
     try:
-        if threading.current_thread() is threading.main_thread():  # only there can handlers be set
-            for number in STOPS:
-                if signal.getsignal(number) not in (None, signal.SIG_IGN):  # nohup sets it
-                    before[number] = signal.signal(number, signals.catch)
+        signals.start()
         status = execute(argv, signals)
         return status
     finally:
-        for number, handler in before.items():  # if the process ends with an error, ignore further signals
-            signal.signal(number, signal.SIG_IGN if ends and status else handler)
+        signals.end(ignore=ends and status)
         tape.clear()
         if collects:
             gc.enable()
