@@ -462,7 +462,7 @@ def train_and_sample(path="input.txt", steps=1000):
 
 # PART TWO: EFFICIENCY =====================================================================================
 
-import atexit, gc, multiprocessing, os, signal, sys, threading
+import atexit, gc, multiprocessing, os, signal, sys
 from collections import Counter
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -1295,10 +1295,9 @@ def replace_file(path, parts):
             if os.path.exists(target):
                 shutil.copymode(target, part)
             os.replace(part, target)
-        except BaseException:
+        finally:
             with suppress(OSError):
-                os.remove(part)
-            raise
+                os.remove(part)  # which is there only after an error
 
 def read_header(file):
     """Return the metadata, and name -> type, shape, and place, from an open .safetensors file."""
@@ -1661,7 +1660,8 @@ def warn(message):
 # Where do the documents come from? With --val-fraction 0.1, input.txt goes through these functions:
 #
 #     find_files     returns its full path, so that the run can go on from any folder
-#     load_corpus    returns 9,347 names, shuffled, in the two parts that split makes of them: 8,412 and 935
+#     load_corpus    returns 9,347 names, shuffled
+#     split          returns 8,412 of them, to train on, and the other 935, to hold out
 #     new_run        makes a tokenizer for a to z, and a Run with random weights
 #     tokenize       turns emma into [26, 4, 12, 12, 0, 26], the ids of its letters between those of BOS
 
@@ -1672,7 +1672,7 @@ def find_files(patterns):
         found = [pattern]
         if not os.path.exists(pattern):
             found = list(filter(os.path.isfile, glob(pattern, recursive=True)))
-        require(found, f"cannot read {pattern}: No such file or directory")
+        require(found, f"cannot read {pattern}: No such file or directory; name the text with --corpus")
         for path in found:
             files[os.path.realpath(path)] = os.path.abspath(path)  # a link and its file are one
     return sorted(files.values())
@@ -1685,7 +1685,7 @@ def read_text(path):
     return text if text.endswith("\n") else text + "\n"
 
 def load_corpus(args, rng):
-    """Return documents to train on, documents held out, and facts about them. A stream is one document."""
+    """Return the documents of a corpus, shuffled, and facts about it. A stream is one document."""
     text = "".join(map(read_text, args.corpus))
     docs = [text]
     if not args.stream:
@@ -1694,8 +1694,7 @@ def load_corpus(args, rng):
     digest = hashlib.sha256("\n".join(docs).encode()).hexdigest()
     facts = {"paths": args.corpus, "documents": len(docs), "sha256": digest}
     rng.shuffle(docs)
-    docs, held_out = split(docs, args)
-    return docs, held_out, facts
+    return docs, facts
 
 def split(docs, args):
     """Return documents, or the one text of a stream, in two parts: to train on, and to hold out. Hold out the
@@ -1749,7 +1748,7 @@ def time_steps(run, docs, engine, size, n):
 
 def autotune(run, docs, given):
     """Time steps with each engine, batch size, and number of workers, and print the fastest as a command."""
-    args, fastest, best = run.args, 0.0, {}
+    args, rates = run.args, {}
     require(run.step < args.steps, "--autotune needs steps to make", UsageError)
     engines = ["tensor", "vulkan"] if args.engine == "vulkan" else [args.engine]
     say("batch size  workers  engine  tokens/s  all steps")
@@ -1761,11 +1760,11 @@ def autotune(run, docs, given):
             seconds, tokens = time_steps(run, docs, engine, size, n)
         except (RuntimeError, ArithmeticError, MemoryError) as error:
             say(f"{row}  {reason(error)}")
-            continue
-        say(f"{row}  {tokens / seconds:8.0f}  {duration(seconds * args.steps)}")
-        if tokens / seconds > fastest:
-            fastest, best = tokens / seconds, {"batch_size": size, "workers": n, "engine": engine}
-    require(best, "none of these works")
+        else:
+            say(f"{row}  {tokens / seconds:8.0f}  {duration(seconds * args.steps)}")
+            rates[size, n, engine] = tokens / seconds
+    require(rates, "none of these works")
+    best = dict(zip(("batch_size", "workers", "engine"), max(rates, key=rates.get)))
     flags = {name: value for name, value in {**given, **best}.items() if name not in TUNED}
     say(shlex.join([os.path.basename(sys.executable), sys.argv[0], *as_argv(flags)]))
 
@@ -1909,7 +1908,7 @@ flag("--worker-counts", **COUNTS, default=CORES, help="to try (1,2,4 ... up to t
 #     steps      1000       50             100                100
 #     lr         0.01       0.01                              0.01
 #     resume                               run.safetensors    run.safetensors
-#     save                                                    run.safetensors (resume, below, sets it)
+#     save                                                    run.safetensors, as nothing else is given
 
 def given_flags(argv):
     """Return name -> value of the flags that a command line has, without defaults."""
@@ -1928,8 +1927,8 @@ def parse_args(argv):
     if "div_warn" in given or "div_crit" in given:  # these need a validation
         demand((run is None or args.val_fraction, "the run to resume has no --val-fraction"))
         args.val_fraction = args.val_fraction or 0.1
-    if run:
-        resume(run, args, given)
+    if run and run.step < args.steps and args.save is None:
+        args.save = args.resume
     check(args)
     return args, run, given
 
@@ -1948,36 +1947,45 @@ def default_corpus():
 
 FIXED = "n_layer", "n_embd", "n_head", "block_size", "arch", "merges", "stream"
 
-def resume(run, args, given):
+def resume(run, args, given, corpus):
     """Let a run go on with new settings. Refuse those that would make it another run."""
     old, run.args, path = run.args, args, args.resume
-    if args.save and os.path.realpath(args.save) == os.path.realpath(path):
-        args.save = path  # two names of one file: the run replaces its own checkpoint
     more_steps = run.step < args.steps
-    fine_tuning = run.corpus and "corpus" in given and args.corpus != old.corpus
+    moved = "corpus" in given and run.corpus and args.corpus != old.corpus
+    fine_tuning = moved and is_another(run.corpus, corpus)
     same_split = args.seed == old.seed and args.val_fraction == old.val_fraction
     changed = [name.replace("_", "-") for name in FIXED if getattr(args, name) != getattr(old, name)]
     demand(
         (not changed, f"{path} was made with another --{' --'.join(changed)}"),
         (not fine_tuning or more_steps, f"{path} has made its {run.step} steps; --steps must be larger"),
-        (not fine_tuning or args.save not in (None, path), "a new --corpus needs a new --save, too"),
+        (not fine_tuning or not same_file(args.save, path), "a new --corpus needs a new --save, too"),
         (fine_tuning or not more_steps or same_split,
          "another --seed or --val-fraction would train on what was held out"))
-    if more_steps and args.save is None:
-        args.save = path
     if args.seed != old.seed:
         run.rng.seed(args.seed)
     if args.optimizer != old.optimizer:
         warn(f"note: {args.optimizer} starts anew, without the running means of {old.optimizer}")
         run.m, run.v = zeros(run.weights), zeros(run.weights)
 
+def is_another(old, corpus):
+    """Return whether a corpus is another text, not only the same one in another place."""
+    return old is None or old.get("sha256") != corpus["sha256"]
+
+def same_file(a, b):
+    """Return whether two paths, or None, name one file."""
+    return bool(a and b) and os.path.realpath(a) == os.path.realpath(b)
+
 # Next, prepare gets the documents, as section 19 shows, and prints the first three lines that you see.
 
 def prepare(args, run, given):
     """Return the Run, made if it is None, and what tokenize returns (nothing if no corpus is needed)."""
-    docs, held_out, rng = [], [], random.Random(args.seed)
+    docs, held_out, corpus, rng = [], [], None, random.Random(args.seed)
     if needs_corpus(args, run, given):
-        docs, held_out, corpus = load_corpus(args, rng)
+        docs, corpus = load_corpus(args, rng)
+    if run:
+        resume(run, args, given, corpus)
+    if corpus:
+        docs, held_out = split(docs, args)
         say(f"num docs: {len(docs)}")
         if run:
             compare_corpus(run, corpus, docs + held_out)
@@ -2038,7 +2046,8 @@ def learn(docs, **settings):
     require(not isinstance(docs, str), "learn needs a list of strings, not a string")
     args = FLAGS.parse_args(as_argv(settings))
     check(args)
-    docs, held_out = split(list(docs), args)
+    docs = ["\n".join(docs)] if args.stream else list(docs)
+    docs, held_out = split(docs, args)
     run = new_run(args, docs, held_out, random.Random(args.seed))
     train_and_keep(run, *tokenize(run, docs, held_out), Signals())
     say("")  # ends the line of the last loss
@@ -2072,7 +2081,7 @@ def report(error, run, caught):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return status
-    if run:
+    if run and status != 2:
         message += "; nothing was saved" if run.saved is None else f"; step {run.saved} is saved"
     warn(message)
     return status
@@ -2094,10 +2103,11 @@ def check(args):
 
 def check_files(args):
     """Refuse to use one file twice, and to replace what must be kept."""
-    files = [args.plot, args.trace, *(args.corpus or []), *{args.save, args.resume}]  # these two may be one
+    own = same_file(args.save, args.resume)  # then the run replaces its own checkpoint
+    files = [args.plot, args.trace, *(args.corpus or []), args.save, None if own else args.resume]
     places = [os.path.realpath(path) for path in files if path]
     demand((len(set(places)) == len(places), "a file is named for two purposes"))
-    if is_taken("save", args.save) and args.save != args.resume:
+    if is_taken("save", args.save) and not own:
         with reporting(f"cannot write {args.save}"), open(args.save, "rb") as file:
             steps = json.loads(read_header(file)[0]["step"])
         raise UsageError(f"{args.save} holds a run of {steps} steps: "
@@ -2130,7 +2140,7 @@ def is_taken(name, path, end=""):
 def compare_corpus(run, corpus, docs):
     """Say in a line what is new to a run that goes on with these documents."""
     notes, old = [], run.corpus or {"paths": ["an unknown text"], "documents": 0}
-    if old != corpus:
+    if is_another(run.corpus, corpus):
         then, now = [f"{', '.join(text['paths'])} ({text['documents']} documents)" for text in (old, corpus)]
         notes.append(f"it was trained on {then}, and goes on with {now}")
     unknown = [char for doc in docs for char in doc if char not in run.tokenizer.ids]
@@ -2182,7 +2192,7 @@ class Signals:
             os.write(2, b"\nmicrogpt: finishing this step; interrupt again to stop without saving\n")
 
     def start(self):
-        if threading.current_thread() is threading.main_thread():  # Python allows it only there
+        with suppress(ValueError):  # Python allows this only in the main thread
             for number in STOPS:
                 if signal.getsignal(number) not in (None, signal.SIG_IGN):  # nohup, for example, sets SIG_IGN
                     self.before[number] = signal.signal(number, self.catch)

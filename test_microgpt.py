@@ -1873,8 +1873,11 @@ class TestCorpus(Test):
             self.printed("--resume default --steps 6 --samples 0")  # which reads nothing
             note = rf"note: .*input.txt \(60 doc.*\({len(names)} documents\)"
             self.assertSays(0, note, f"--resume named --steps 8 --samples 0 --save {names[0]}")
-        os.remove("input.txt")
-        self.assertRefused(1, "cannot read .*input.txt: No such file", "--resume default --steps 8")
+        self.file("input.txt", "\n".join(SHIPPED[:60]))
+        os.rename("input.txt", "moved.txt")
+        self.assertRefused(1, "cannot read .*input.txt: No such file.* --corpus", "--resume default --steps 8")
+        self.printed("--resume default --corpus moved.txt --steps 8 --samples 0")  # the same text: no note
+        self.assertEqual(self.metadata("default")["step"], 8)
 
 class TestTraining(Test):
     def validated(self, flags, ids):
@@ -2030,6 +2033,10 @@ class TestLibrary(Test):
         self.assertEqual((again.step, again.weights), (run.step, run.weights))
         self.assertEqual([again.generate("a") for _ in range(5)], [run.generate("a") for _ in range(5)])
         self.assertIn("sample  1: ", self.printed("--resume run --samples 1"))
+
+    def test_a_stream_is_all_texts_together(self):
+        run = self.learned(stream=True, block_size=8)
+        self.assertEqual({*run.tokenizer.ids}, {"\n", *"".join(self.DOCS)})
 
     def test_what_cannot_be_is_a_clear_error(self):
         run = self.learned(block_size=4)
@@ -2373,7 +2380,7 @@ EXERCISES = {  # number -> edits of the source, flags
     4: ([], ["--temperature 0.1", "--temperature 2"]),
     5: ([], ["--optimizer sgd", "--optimizer sgd --lr 0.3", "--optimizer sgd --lr 1"]),
     6: ([], ["--val-fraction 0.99 --eval-every 4000 --steps 4000"]),
-    7: ([("rng.shuffle(docs)\n    docs, held", "docs.sort()\n    docs, held")], [""]),
+    7: ([("rng.shuffle(docs)\n    return", "docs.sort()\n    return")], [""]),
     8: ([("rng.gauss(0, 0.08)", "rng.gauss(0, 0.0)")], [""]),
     9: ([("probabilities(row[: len(row) - n]) + [0.0] * n", "probabilities(row)")], [""]),
 }
