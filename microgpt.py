@@ -998,7 +998,8 @@ from itertools import product, takewhile
 #     GELU for relu            2, 0, -2 become 1.95, 0, -0.05: like relu, but some gradient passes below 0.
 #     a norm at the end        It replaces the first norm. The logits have the same scale at any depth.
 #     wte serves as lm_head    Both have a row for each token. wte gets the gradients of both uses.
-#     small weights            They start at 0.02, not 0.08, and those of attn_wo and mlp_fc2 at even less.
+#     small weights            They start at 0.02, not 0.08. Those of attn_wo and mlp_fc2, whose 2 n_layer
+#                              results add up in x, start at 0.02 / sqrt(2 n_layer).
 #
 # Dropout, which sets random channels to 0 in training, is left out. A gain or a bias is a matrix with one
 # row, which embed() repeats.
@@ -1030,12 +1031,14 @@ def gelu_and_slope(x):
 
 def gelu(x):
     """Return GELU of every number of a matrix."""
+    if isinstance(x, Matrix):
+        def gelu_of(a):
+            y, slope = gelu_and_slope(a.data)
+            return Value(y, (a,), (slope,))
+        return Matrix([[gelu_of(a) for a in row] for row in x.rows])
     pairs = [[gelu_and_slope(a) for a in row] for row in x.data]
     y = [[value for value, _ in row] for row in pairs]
     slopes = [[slope for _, slope in row] for row in pairs]
-    if isinstance(x, Matrix):
-        triples = zip(x.rows, y, slopes)  # three rows each: Values, results, slopes
-        return Matrix([[Value(b, (a,), (slope,)) for a, b, slope in zip(*rows)] for rows in triples])
     return x.result("gelu", y, lambda g: x.receive(times(g, slopes)))
 
 class GPT2(GPT):
@@ -1089,8 +1092,10 @@ MODELS = {"microgpt": GPT, "gpt2": GPT2}
 #
 #     sgd 2.64    momentum 2.51    rmsprop 2.49    adam 2.50    adamw 2.50
 #
-# SGD reaches 2.49, too, but with the learning rate 0.3; at 1, its numbers overflow. Adam is less choosy: 2.55
-# at 0.001, 2.52 at 0.05. All take the same first six arguments, and then their own settings.
+# But each needs a learning rate of its own. The m of momentum is a sum, up to 1 / 0.15 = 6.7 times a
+# gradient, and SGD with 0.067 reaches 2.51, too. With 0.3, SGD reaches 2.49; at 1, its numbers overflow. Adam
+# is less choosy: 2.55 at 0.001, 2.52 at 0.05. All take the same first six arguments, and then their own
+# settings.
 
 # w -= lr g: steps downhill along the gradient of a few documents (Robbins and Monro 1951)
 def sgd(weights, grads, m, v, step, lr):
@@ -1115,7 +1120,7 @@ def rmsprop(weights, grads, m, v, step, lr, beta2=0.99, eps=1e-8):
 # Adam (section 6) does both, with corrected means. AdamW (Loshchilov and Hutter 2019) first pulls each weight
 # toward 0, by w -= lr weight_decay w, so that only weights that are needed stay large.
 def adamw(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8, weight_decay=0.01):
-    for (w,) in rows_of(weights):
+    for (w,) in rows_of(weights):  # (w,): a tuple of one
         w[:] = [a - lr * weight_decay * a for a in w]
     fast_adam(weights, grads, m, v, step, lr, beta1, beta2, eps)
 
@@ -1179,7 +1184,7 @@ def continuation(model, w, ids, bos, rng, temperature=0.5, top_k=0, max_tokens=N
     unread, position = text[:], 0  # what the model has not read yet, and where it goes
     for _ in range(size if max_tokens is None else max_tokens):
         if position + len(unread) > size:  # no position is left: start over with the last half context
-            unread, position = text[-((size + 1) // 2) :], 0
+            unread, position, cache = text[-((size + 1) // 2) :], 0, model.new_cache()
         logits = model.logits(w, unread, range(position, position + len(unread)), cache).data[-1]
         tape.clear()
         position += len(unread)
@@ -1190,9 +1195,7 @@ def continuation(model, w, ids, bos, rng, temperature=0.5, top_k=0, max_tokens=N
         text.append(token)
         unread = [token]
 
-# A Run is a model with its weights, and all else that training needs to go on. Its args hold the settings,
-# such as args.lr, which come from the flags of section 20. After the default run with --save FILE, you can
-# ask it what it has learned:
+# After the default run with --save FILE, you can ask a Run what it has learned:
 #
 #     run = load(FILE)
 #     run.probabilities("em")["m"]    the probability that m comes after em, 0.038
@@ -1200,7 +1203,8 @@ def continuation(model, w, ids, bos, rng, temperature=0.5, top_k=0, max_tokens=N
 #     run.generate("em")              emma, or another name that begins with em
 
 class Run:
-    """A training run: its settings, its model, and all that it needs to go on."""
+    """A training run: its settings (args.lr and so on, from the flags of section 20), its model, its weights,
+    and all else that it needs to go on."""
     def __init__(self, args, tokenizer, rng, weights=None):
         self.args, self.tokenizer, self.rng = args, tokenizer, rng
         sizes = args.n_layer, args.n_embd, args.n_head, args.block_size
@@ -1213,7 +1217,7 @@ class Run:
         self.validations = []  # (step, validation loss)
         self.recent = []       # the losses since the last validation
         self.corpus = None     # which text it is trained on
-        self.saved, self.saved_at = None, time.perf_counter()  # the step last saved, and when
+        self.saved, self.saved_at = None, time.perf_counter()  # the step last saved; when it was last tried
 
     def wrap(self, engine=None):
         """Return name -> matrix of weights."""
@@ -1226,12 +1230,13 @@ class Run:
 
     def generate(self, prompt="", temperature=0.5, top_k=0, max_tokens=None, rng=None):
         """Return the prompt and what the model adds to it, at most max_tokens tokens (None: block_size)."""
-        ids = self.encode(prompt) or [self.tokenizer.ids.get("\n", 0)]  # a stream has no BOS
-        settings = self.tokenizer.bos, rng or self.rng, temperature, top_k, max_tokens
-        return prompt + self.tokenizer.decode(continuation(self.model, self.wrap(), ids, *settings))
+        ids = self.encode(prompt) or [self.tokenizer.ids.get("\n", 0)]  # a stream begins after a line end
+        new = continuation(self.model, self.wrap(), ids, self.tokenizer.bos, rng or self.rng,
+                           temperature, top_k, max_tokens)
+        return prompt + self.tokenizer.decode(new)
 
     def logits_of(self, ids):
-        """Return the logits after each id, as floats: rows x vocab_size. The operations are on the tape."""
+        """Return the logits after each id, as floats: rows x vocab_size. Leave the operations on the tape."""
         tape.clear()
         size = self.model.block_size
         require(0 < len(ids) <= size, f"the context takes from 1 to {size} tokens, not {len(ids)}")
@@ -1243,7 +1248,7 @@ class Run:
         """Return token -> the probability that it follows the prompt. The token "" is the end."""
         logits = self.logits_of(self.encode(prompt))[-1]
         tape.clear()
-        return dict(zip([*self.tokenizer.tokens, ""], probabilities(logits)))
+        return dict(zip([*self.tokenizer.tokens, ""], probabilities(logits)))  # the function of section 9
 
     def loss(self, text):
         """Return the mean loss over the tokens of a text, with its end."""
@@ -1325,7 +1330,7 @@ def read_safetensors(path):
 # What does a checkpoint keep of a Run? The tensors are its weights, m, and v. The metadata are facts, in
 # JSON. These are some of them after python microgpt.py --steps 50 --save run.safetensors:
 #
-#     flags         ["--steps=50", "--lr=0.01", ...]            the settings, as words of a command line
+#     flags         ["--corpus=/.../input.txt", ...]            the settings, as words of a command line
 #     characters    "abcdefghijklmnopqrstuvwxyz"                for the tokenizer, with the merges
 #     random        [3, [1554875599, 4042633355, ...], null]    the state of the random generator
 #     losses        [[1, 3.520], [2, 3.493], ...]               (step, loss)
@@ -1352,11 +1357,11 @@ def facts_of(run):
     progress = {name: getattr(run, name) for name in PROGRESS}
     return {"flags": as_argv(flags), "characters": "".join(run.tokenizer.ids),
             "merges": run.tokenizer.merges, "random": run.rng.getstate(),
-            "config": vars(run.model), **progress}
+            "config": vars(run.model), **progress}  # config: for other programs
 
 def save_run(run, path):
     """Write a checkpoint. Raise Overflow if a number is not finite."""
-    tensors = dict(run.weights)
+    run.saved_at, tensors = time.perf_counter(), dict(run.weights)
     for name in run.weights:
         tensors["optimizer.m." + name] = run.m[name]
         tensors["optimizer.v." + name] = run.v[name]
@@ -1364,7 +1369,7 @@ def save_run(run, path):
         check_finite(row, f"at step {run.step}, ")
     metadata = {name: json.dumps(value) for name, value in facts_of(run).items()}
     write_safetensors(path, tensors, {"format": "pt", **metadata})  # pt: PyTorch, which can open it
-    run.saved, run.saved_at = run.step, time.perf_counter()
+    run.saved = run.step
 
 def run_from(metadata):
     """Return a Run, still without matrices, from the metadata of a checkpoint."""
@@ -1421,14 +1426,17 @@ def say(text): print(text, flush=True)  # at once, also into a file
 
 def width(text):
     """Return how many columns of a terminal a text takes: Chinese characters take two, accents none."""
-    return sum(not unicodedata.combining(c) and 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+    shown = [char for char in text if not unicodedata.combining(char)]
+    return len(shown) + sum(unicodedata.east_asian_width(char) in "WF" for char in shown)
 
 def pad(text, columns): return text + " " * (columns - width(text))
 
 def shades():
     """Return five characters, from light to dark, that standard output can show."""
-    encoding, dark = getattr(sys.stdout, "encoding", None) or "utf-8", "·░▒▓█"
-    return dark if dark.encode(encoding, "replace").decode(encoding) == dark else ".:+%#"
+    with suppress(UnicodeEncodeError):
+        "·░▒▓█".encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+        return "·░▒▓█"
+    return ".:+%#"
 
 def explain(run, ids):
     """Print what a model makes of some tokens."""
@@ -1478,7 +1486,7 @@ def round_ticks(low, high):
 def loss_plot(losses, validations):
     """Return an SVG picture of (step, loss)."""
     mean, means = 0.0, []
-    for i, (step, loss) in enumerate(losses):  # a running mean, as in section 6; at first, the plain mean
+    for i, (step, loss) in enumerate(losses):  # 1/n of the way to each loss: n = 1, 2, ..., up to 1/30 of all
         mean += (loss - mean) / min(i + 1, len(losses) // 30 + 1)
         means.append((step, mean))
     points = [*losses, *validations] or [(0, 0.0)]
@@ -1528,14 +1536,83 @@ def write_trace(path, run, batch, loss, grads):
         file.write(json.dumps(facts).encode() + b"\n")
 
 # 19. Training ---------------------------------------------------------------------------------------------
+# Training takes documents from a corpus, makes steps, and shows how it goes. To see if the model learns more
+# than its documents, we hold some out: it never trains on them, and its mean loss on up to 128 of them is the
+# validation loss. With --val-fraction 0.1, input.txt goes through these functions:
+#
+#     find_files     returns its full path, so that the run can go on from any folder
+#     load_corpus    returns its 9,347 names, shuffled
+#     split          returns 8,412 of them to train on, and 935 to hold out
+#     new_run        makes a tokenizer for a to z, and a Run with random weights
+#     tokenize       turns emma into [26, 4, 12, 12, 0, 26]; of the 935, it keeps every eighth, 117 in all
+
+def find_files(patterns):
+    """Return the full paths of the files that match some paths or patterns, each file once, sorted."""
+    files = {}
+    for pattern in patterns:
+        found = [pattern]
+        if not os.path.exists(pattern):
+            found = list(filter(os.path.isfile, glob(pattern, recursive=True)))
+        require(found, f"cannot read {pattern}: No such file or directory; name the text with --corpus")
+        for path in found:
+            files[os.path.realpath(path)] = os.path.abspath(path)  # a link and its file are one
+    return sorted(files.values())
+
+def read_text(path):
+    """Return the text of a UTF-8 file, with a line end at its end."""
+    with reporting(f"cannot read {path}"), open(path, encoding="utf-8-sig") as file:
+        text = file.read().replace("\ufeff", "")  # inside, where files were joined
+        require("\0" not in text, "it has NUL characters (is it UTF-16?)")
+    return text if text.endswith("\n") else text + "\n"
+
+def load_corpus(args, rng):
+    """Return the documents of a corpus, shuffled, and facts about it. A stream is one document."""
+    text = "".join(map(read_text, args.corpus))
+    docs = [text]
+    if not args.stream:
+        docs = [line.strip() for line in text.split("\n") if line.strip()]
+    digest = hashlib.sha256("\n".join(docs).encode()).hexdigest()
+    facts = {"paths": args.corpus, "documents": len(docs), "sha256": digest}
+    rng.shuffle(docs)
+    return docs, facts
+
+def split(docs, args):
+    """Return documents, or the one text of a stream, in two parts: to train on, and to hold out. Hold out the
+    last ones, except those that also stand in the first part."""
+    whole = docs[0] if args.stream else docs
+    cut = len(whole)
+    if args.val_fraction:
+        cut -= max(1, round(len(whole) * args.val_fraction))
+    require(cut > 0, f"there is too little text in {', '.join(args.corpus or ['docs'])}")
+    if args.stream:
+        return [whole[:cut]], [whole[cut:]]
+    trained = set(docs[:cut])
+    held_out = [doc for doc in docs[cut:] if doc not in trained]
+    require(held_out or not args.val_fraction, "all documents to hold out are also among the others")
+    return docs[:cut], held_out
+
+def new_run(args, docs, held_out, rng):
+    """Return a new Run, with the merges that it learns from the documents."""
+    tokenizer = BPETokenizer(docs + held_out)
+    if args.merges:
+        merges = learn_merges(tokenizer.merge(docs), args.merges, len(tokenizer.tokens))
+        tokenizer = BPETokenizer(tokenizer.tokens, merges)
+    return Run(args, tokenizer, rng)
+
+def tokenize(run, docs, held_out):
+    """Return lists of ids: documents to train on, and at most 128, cut at the context, to validate on. Leave
+    out documents that have only unknown characters."""
+    edge, size = run.boundary, run.model.block_size
+    def convert(texts): return [[*edge, *map(ord, doc), *edge] for doc in run.tokenizer.merge(texts) if doc]
+    docs, held_out = convert(docs), convert(held_out)
+    if run.args.stream:
+        held_out = [text[i : i + size + 1] for text in held_out for i in range(0, len(text) - 1, size)]
+    check_lengths(run.args, docs, held_out)  # section 20
+    return docs, [doc[: size + 1] for doc in held_out[:: len(held_out) // 128 + 1]]
+
 # A step takes the next documents, computes the loss and the gradients, and lets the optimizer move the
 # weights. With --batch-size 4, step 1 takes documents 0 to 3, step 2 takes 4 to 7, and so on, around and
 # around. A text without documents is one long stream, and each step takes pieces from random places in it.
-#
-# To see if the model learns more than its documents, we hold some out: it never trains on them, and its mean
-# loss on up to 128 of them is the validation loss. Of 9,347 names, --val-fraction 0.1 holds out 935 and uses
-# every eighth, 117 in all. Where the validation loss rises far above the training loss, the model has begun
-# to memorize.
 
 def next_batch(run, docs, size):
     """Return the next documents as lists of ids, cut after block_size + 1, or that much of a stream."""
@@ -1592,6 +1669,8 @@ def after_step(run, held_out, loss):
             run.save()
         except UserError as error:  # such as a full disk; the next time may be better
             warn(f"warning: {error}")
+
+# Where the validation loss rises far above the training loss, the model has begun to memorize.
 
 def validate(run, held_out):
     """Print the mean losses of training and validation, and keep the latter."""
@@ -1654,81 +1733,8 @@ def visible(text):
 def warn(message):
     """Print one line on standard error."""
     if on_terminal():
-        print()  # leaves the progress where it is
+        print()  # keeps the line of progress
     print("microgpt: " + visible(message).replace("\n", "\\n"), file=sys.stderr, flush=True)
-
-# Where do the documents come from? With --val-fraction 0.1, input.txt goes through these functions:
-#
-#     find_files     returns its full path, so that the run can go on from any folder
-#     load_corpus    returns 9,347 names, shuffled
-#     split          returns 8,412 of them, to train on, and the other 935, to hold out
-#     new_run        makes a tokenizer for a to z, and a Run with random weights
-#     tokenize       turns emma into [26, 4, 12, 12, 0, 26], the ids of its letters between those of BOS
-
-def find_files(patterns):
-    """Return the full paths of the files that match some paths or patterns, each file once, sorted."""
-    files = {}
-    for pattern in patterns:
-        found = [pattern]
-        if not os.path.exists(pattern):
-            found = list(filter(os.path.isfile, glob(pattern, recursive=True)))
-        require(found, f"cannot read {pattern}: No such file or directory; name the text with --corpus")
-        for path in found:
-            files[os.path.realpath(path)] = os.path.abspath(path)  # a link and its file are one
-    return sorted(files.values())
-
-def read_text(path):
-    """Return the text of a UTF-8 file, with a line end at its end."""
-    with reporting(f"cannot read {path}"), open(path, encoding="utf-8-sig") as file:
-        text = file.read().replace("\ufeff", "")  # inside, where files were joined
-        require("\0" not in text, "it has NUL characters (is it UTF-16?)")
-    return text if text.endswith("\n") else text + "\n"
-
-def load_corpus(args, rng):
-    """Return the documents of a corpus, shuffled, and facts about it. A stream is one document."""
-    text = "".join(map(read_text, args.corpus))
-    docs = [text]
-    if not args.stream:
-        docs = [line.strip() for line in text.split("\n")]
-        docs = [line for line in docs if line.strip("\u200b")]  # a zero-width space
-    digest = hashlib.sha256("\n".join(docs).encode()).hexdigest()
-    facts = {"paths": args.corpus, "documents": len(docs), "sha256": digest}
-    rng.shuffle(docs)
-    return docs, facts
-
-def split(docs, args):
-    """Return documents, or the one text of a stream, in two parts: to train on, and to hold out. Hold out the
-    last ones, except those that also stand in the first part."""
-    whole = docs[0] if args.stream else docs
-    cut = len(whole)
-    if args.val_fraction:
-        cut -= max(1, round(len(whole) * args.val_fraction))
-    require(cut > 0, f"there is too little text in {', '.join(args.corpus or ['docs'])}")
-    if args.stream:
-        return [whole[:cut]], [whole[cut:]]
-    trained = set(docs[:cut])
-    held_out = [doc for doc in docs[cut:] if doc not in trained]
-    require(held_out or not args.val_fraction, "all documents to hold out are also among the others")
-    return docs[:cut], held_out
-
-def new_run(args, docs, held_out, rng):
-    """Return a new Run, with the merges that it learns from the documents."""
-    tokenizer = BPETokenizer(docs + held_out)
-    if args.merges:
-        merges = learn_merges(tokenizer.merge(docs), args.merges, len(tokenizer.tokens))
-        tokenizer = BPETokenizer(tokenizer.tokens, merges)
-    return Run(args, tokenizer, rng)
-
-def tokenize(run, docs, held_out):
-    """Return lists of ids: documents to train on, and at most 128, cut at the context, to validate on. Leave
-    out documents that have only unknown characters."""
-    edge, size = run.boundary, run.model.block_size
-    def convert(texts): return [[*edge, *map(ord, doc), *edge] for doc in run.tokenizer.merge(texts) if doc]
-    docs, held_out = convert(docs), convert(held_out)
-    if run.args.stream:
-        held_out = [text[i : i + size + 1] for text in held_out for i in range(0, len(text) - 1, size)]
-    check_lengths(run.args, docs, held_out)  # section 20
-    return docs, [doc[: size + 1] for doc in held_out[:: len(held_out) // 128 + 1]]
 
 # Which settings are fastest? --autotune tries them, three steps each after one to warm up, and shows tokens
 # per second: the larger the batch, the more a worker or a GPU has to do at a time. It saves nothing.
@@ -1775,8 +1781,8 @@ def autotune(run, docs, given):
 #     python microgpt.py --steps 50 --save run.safetensors
 #     python microgpt.py --resume run.safetensors --steps 100
 #
-# Python gives us a command as a list of words, argv: ["--steps", "50", "--save", "run.safetensors"]. To do
-# what they ask for takes four functions, and execute calls them in this order:
+# Python gives us the words after the file's name as a list, argv: ["--steps", "50", "--save",
+# "run.safetensors"]. To do what they ask for takes four functions, and execute calls them in this order:
 #
 #     function          what comes of it      today                       tomorrow
 #     parse_args        args, the settings    50 steps, else defaults     100 steps, else as saved today
@@ -1809,18 +1815,19 @@ def execute(argv, signals):
 
 class UsageError(UserError): status = 2  # the exit status (report, below)
 
-def demand(*rules):
-    """Raise UsageError with the message of the first (condition, message) that does not hold."""
+def refuse(*rules):
+    """Raise UsageError with the message of the first (condition, message) that holds."""
     for condition, message in rules:
-        require(condition, message, UsageError)
+        require(not condition, message, UsageError)
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        if "expected one" in message:
+        if "expected one" in message:  # for --prompt -x, argparse takes -x for a flag
             message += " (if it begins with -, write --flag=VALUE)"
         raise UsageError(message + "; see --help")
 
-    def print_help(self, file=None): print(self.format_help(), end="", flush=True)
+    def print_help(self, file=None):  # flushed, so that report hears of a full disk
+        print(self.format_help(), end="", flush=True)
 
 # A value comes as text, such as "50". So each flag has a type, a function that turns text into a value, or
 # refuses it. The type number(int, 1) turns "50" into 50, and refuses "0" and "many". In --help, a metavar,
@@ -1842,7 +1849,7 @@ COUNT = {"metavar": "N", "type": number(int, 1, 10**9)}  # 1, 2, 3, ...
 COUNTS = {"metavar": "N,N", "type": lambda text: [COUNT["type"](word) for word in text.split(",")]}  # 1,2,4
 X = {"metavar": "X", "type": number(float, 0)}            # 0 or more
 SHARE = {"metavar": "X", "type": number(float, 0, 1)}     # from 0 to below 1
-TEXT = {"metavar": "TEXT", "type": lambda text: text.replace("\\n", "\n")}  # typed on one line
+TEXT = {"metavar": "TEXT", "type": lambda text: text.replace("\\n", "\n")}  # \n becomes a line end
 CORES = [2**i for i in range((os.cpu_count() or 1).bit_length())]  # 1, 2, 4, ... up to the cores
 
 # These are all flags, with the texts of --help. FLAGS.parse_args(["--steps", "50"]) returns an object with
@@ -1912,7 +1919,7 @@ flag("--worker-counts", **COUNTS, default=CORES, help="to try (1,2,4 ... up to t
 
 def given_flags(argv):
     """Return name -> value of the flags that a command line has, without defaults."""
-    nothing = dict.fromkeys(vars(FLAGS.parse_args([])))  # name -> None: what is there gets no default
+    nothing = dict.fromkeys(vars(FLAGS.parse_args([])))  # all None: only missing names get defaults
     flags = vars(FLAGS.parse_args(argv, argparse.Namespace(**nothing)))
     return {name: value for name, value in flags.items() if value is not None}
 
@@ -1925,7 +1932,7 @@ def parse_args(argv):
     if needs_corpus(args, run, given):
         args.corpus = find_files(args.corpus or [default_corpus()])
     if "div_warn" in given or "div_crit" in given:  # these need a validation
-        demand((run is None or args.val_fraction, "the run to resume has no --val-fraction"))
+        refuse((run and not args.val_fraction, "the run to resume has no --val-fraction"))
         args.val_fraction = args.val_fraction or 0.1
     if run and run.step < args.steps and args.save is None:
         args.save = args.resume
@@ -1951,15 +1958,14 @@ def resume(run, args, given, corpus):
     """Let a run go on with new settings. Refuse those that would make it another run."""
     old, run.args, path = run.args, args, args.resume
     more_steps = run.step < args.steps
-    moved = "corpus" in given and run.corpus and args.corpus != old.corpus
-    fine_tuning = moved and is_another(run.corpus, corpus)
-    same_split = args.seed == old.seed and args.val_fraction == old.val_fraction
+    fine_tuning = "corpus" in given and args.corpus != old.corpus and is_another(run.corpus, corpus)
+    new_split = args.seed != old.seed or args.val_fraction != old.val_fraction
     changed = [name.replace("_", "-") for name in FIXED if getattr(args, name) != getattr(old, name)]
-    demand(
-        (not changed, f"{path} was made with another --{' --'.join(changed)}"),
-        (not fine_tuning or more_steps, f"{path} has made its {run.step} steps; --steps must be larger"),
-        (not fine_tuning or not same_file(args.save, path), "a new --corpus needs a new --save, too"),
-        (fine_tuning or not more_steps or same_split,
+    refuse(
+        (changed, f"{path} was made with another --{' --'.join(changed)}"),
+        (fine_tuning and not more_steps, f"{path} has made its {run.step} steps; --steps must be larger"),
+        (fine_tuning and same_file(args.save, path), "a new --corpus needs a new --save, too"),
+        (more_steps and new_split and not fine_tuning,
          "another --seed or --val-fraction would train on what was held out"))
     if args.seed != old.seed:
         run.rng.seed(args.seed)
@@ -2044,6 +2050,7 @@ def show(run):
 def learn(docs, **settings):
     """Return a Run, trained on a list of strings. Settings are flags by name: learn(docs, steps=500)."""
     require(not isinstance(docs, str), "learn needs a list of strings, not a string")
+    require(not {"corpus", "resume"} & set(settings), "learn takes no corpus and no run to resume")
     args = FLAGS.parse_args(as_argv(settings))
     check(args)
     docs = ["\n".join(docs)] if args.stream else list(docs)
@@ -2053,7 +2060,7 @@ def learn(docs, **settings):
     say("")  # ends the line of the last loss
     return run
 
-# That was a good day. The rest checks, reports, and cleans up on bad days: skip it until you have one.
+# That was a good day. All but main, at the end, is for bad days: skip it until you have one.
 #
 #     what happens                   what you read, after "microgpt: "                          raised by
 #     you type --heads 3             error: --heads 3 does not divide --d-model 16              check
@@ -2091,11 +2098,11 @@ def report(error, run, caught):
 def check(args):
     """Refuse flags that do not go together, and files that cannot be written."""
     heads, channels, workers = args.n_head, args.n_embd, args.workers
-    weights = 12 * args.n_layer * channels**2 + args.block_size * channels  # without those of the vocabulary
-    demand(
-        (channels % heads == 0, f"--heads {heads} does not divide --d-model {channels}"),
-        (workers <= args.batch_size, f"--workers {workers} is more than --batch-size {args.batch_size}"),
-        (weights <= 10**9, "the model is too large"))
+    weights = 12 * args.n_layer * channels**2 + args.block_size * channels  # a layer has 4 + 8 d x d
+    refuse(
+        (channels % heads, f"--heads {heads} does not divide --d-model {channels}"),
+        (workers > args.batch_size, f"--workers {workers} is more than --batch-size {args.batch_size}"),
+        (weights > 10**9, "the model is too large"))
     check_files(args)
 
 # No command may destroy a file of yours. A picture (--plot) replaces only a file that begins as a picture
@@ -2106,7 +2113,7 @@ def check_files(args):
     own = same_file(args.save, args.resume)  # then the run replaces its own checkpoint
     files = [args.plot, args.trace, *(args.corpus or []), args.save, None if own else args.resume]
     places = [os.path.realpath(path) for path in files if path]
-    demand((len(set(places)) == len(places), "a file is named for two purposes"))
+    refuse((len(set(places)) < len(places), "a file is named for two purposes"))
     if is_taken("save", args.save) and not own:
         with reporting(f"cannot write {args.save}"), open(args.save, "rb") as file:
             steps = json.loads(read_header(file)[0]["step"])
@@ -2117,7 +2124,7 @@ def check_files(args):
         if is_taken(name, path, end):
             with reporting(f"cannot write {path}"), open(path, "rb") as file:
                 begin = file.read(len(start))
-            demand((start.startswith(begin), f"{path} holds something else"))
+            refuse((begin not in (b"", start), f"{path} holds something else"))
 
 def is_taken(name, path, end=""):
     """Return whether there is a file at the path of a flag. Refuse a path where no file can be written."""
@@ -2125,7 +2132,7 @@ def is_taken(name, path, end=""):
         return False
     target = os.path.realpath(path)
     good = path and path.endswith(end) and os.access(os.path.dirname(target), os.W_OK)
-    demand((good, f"--{name} needs a file{end and ' *' + end} in a writable folder, not {path!r}"))
+    refuse((not good, f"--{name} needs a file{f' *{end}' if end else ''} in a writable folder, not {path!r}"))
     with reporting(f"cannot write {path}"):
         try:
             os.stat(target)  # which refuses a name that is too long
@@ -2165,8 +2172,9 @@ def check_lengths(args, docs, held_out):
 def check_texts(run, args):
     """Refuse a --prompt or --explain that the model cannot read."""
     run.encode(args.prompt)  # raises the error of section 11
-    explained = args.explain is None or len(run.encode(args.explain) + run.boundary) > 1
-    demand((explained, "--explain needs at least two tokens"))
+    if args.explain is not None:
+        ids = run.encode(args.explain) + run.boundary
+        refuse((len(ids) < 2, "--explain needs at least two tokens"))
 
 # When you press Ctrl-C, Python calls a function of ours, wherever the program is. In the middle of a step,
 # some weights have moved, and others have not. So in training, our function, catch, only takes a note:
@@ -2218,8 +2226,9 @@ def signals_wait(context):
         if mask:
             mask(signal.SIG_SETMASK, before)
 
-# Last comes main, where it begins. Training makes no reference cycles, so Python need not look for them.
-# (PyPy has no other way to free memory.) In a notebook, the process lives on, and must be left as it was.
+# Last comes main, where it begins. Python looks for unused objects that refer to each other in a circle, but
+# training makes none, so main turns that off. (PyPy has no other way to free memory.) In a notebook, the
+# process lives on, and must be left as it was.
 
 def main(argv=(), ends=False):
     """Run a command line, and return its exit status. Leave the process as it was, unless it ends now."""
@@ -2231,7 +2240,7 @@ def main(argv=(), ends=False):
         status = execute(argv, signals)
         return status
     finally:
-        signals.end(ignore=ends and status)
+        signals.end(ignore=ends and status)  # a Ctrl-C after an error must not print a traceback
         tape.clear()
         if collects:
             gc.enable()
