@@ -470,27 +470,8 @@ from heapq import heapify, heappop, heappush
 from itertools import chain, compress
 from operator import add, mul
 
-# First, a few helpers for errors. You can skip them until section 11.
-
-class UserError(RuntimeError):
-    """A problem that the user can fix, reported in one line."""
-
-def require(condition, what, error=UserError):
-    """Raise an error that says what is wrong, unless the condition holds."""
-    if not condition:
-        raise error(what)
-
-def reason(error):
-    """Return what to say about an error. An OSError has a strerror; a MemoryError has no text."""
-    return getattr(error, "strerror", None) or str(error) or "there is not enough memory"
-
-@contextmanager
-def reporting(what):
-    """Turn any error into a UserError that says what cannot be done, and why."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(f"{what}: {reason(error)}") from None
+# Part one spends its time on bookkeeping for single numbers. Whole matrices make a step nine times as fast,
+# and the tricks of section 10 another 1.7 times (on CPython 3.11).
 
 # 9. The same operations, a matrix at a time ---------------------------------------------------------------
 # For a name of eight letters, part one puts 38,000 Values on the tape. A Tensor holds the numbers of a whole
@@ -502,7 +483,8 @@ def reporting(what):
 # In the product A B of two matrices, each number is the dot product of a row of A and a column of B. Below,
 # matmul takes the rows of A and the columns of B, so A B is matmul(a, transpose(b)). W^T, the transpose of W,
 # has the columns of W as rows. So linear, the dot products of the rows of X and the rows of W, is X W^T, or
-# matmul(x, w). We write dX for the gradient of X.
+# matmul(x, w). We write Y for the result, g for its gradient, dX for the gradient of X, and x, y for single
+# rows.
 
 sumprod = getattr(math, "sumprod", lambda a, b: sum(map(mul, a, b)))  # math has it from Python 3.12 on
 
@@ -531,7 +513,7 @@ def split_heads(docs, n_head):
 def join_heads(parts, n_head):
     """Return the rows of all documents from a matrix for each document and head."""
     docs = [parts[i : i + n_head] for i in range(0, len(parts), n_head)]
-    return [list(chain(*row)) for doc in docs for row in zip(*doc)]
+    return [list(chain(*row)) for doc in docs for row in zip(*doc)]  # row: its parts, from all heads
 
 class Tensor:
     """A matrix: rows of floats in data, and its gradient, of the same shape, in grad. A loss is one float."""
@@ -568,10 +550,10 @@ class Tensor:
 
     @classmethod
     def matmuls(cls, many_rows, many_columns):
-        """Return the products of many pairs of matrices. (A GPU, in section 12, makes them all at once.)"""
+        """Return the products of many pairs of matrices."""
         return list(map(cls.matmul, many_rows, many_columns))
 
-    # Each row of y is a copy of a row of weights. The gradient of that row is the sum of g at all its copies.
+    # Each row of y is a copy of a row of weights, whose gradient is the sum of the rows of g at its copies.
     def embed(self, ids):
         def rule(g):
             grad = [[0.0] * len(g[0])] * len(self.data)  # the same row of zeros, until it is replaced
@@ -615,19 +597,21 @@ class Tensor:
     # The slope of max(0, x) is 1 where x is positive, and 0 elsewhere.
     def relu(self):
         def rule(g):
-            dx = [[b if a > 0 else 0.0 for a, b in zip(x, dy)] for x, dy in zip(self.data, g)]
+            dx = [[b if a > 0 else 0.0 for a, b in zip(x, g_row)] for x, g_row in zip(self.data, g)]
             self.receive(Sparse(dx))
         return self.result("relu", Sparse([[a if a > 0 else 0.0 for a in row] for row in self.data]), rule)
 
-    # For one head of one document of n rows, Q, K, V, Y, and g are n x size, and S and P are n x n:
+    # For one head of one document of n rows, Q (the queries / sqrt(size)), K, V, Y, and g are n x size, and S
+    # and P are n x n:
     #
-    #     Q' = Q / sqrt(size)    S = Q' K^T    P = softmax of each row of S    Y = P V
+    #     S = Q K^T    P = softmax of each row of S    Y = P V
     #
     # Y = P V is X W^T with P for X and V^T for W. So dX = g W becomes dP = g V^T, and dW = g^T X becomes
     # (dV)^T = g^T P, or dV = P^T g, since transposing a product swaps its factors. For the softmax, raising
     # s[i] by a small h multiplies e^s[i] by 1 + h, and the sum by 1 + h p[i]. So p[i] gains h p[i], and every
-    # p[j], p[i] too, loses h p[i] p[j]: ds[i] = p[i] (dp[i] - sum of p[j] dp[j]). Then dQ' = dS K and
-    # dK = dS^T Q', as in linear, and dQ = dQ' / sqrt(size). The rule is for an empty cache, as in training.
+    # p[j], p[i] too, loses h p[i] p[j]. Times dp, added up, and divided by h, ds[i] = p[i] (dp[i] - sum of
+    # p[j] dp[j]). Then dQ = dS K and dK = dS^T Q, as in linear, and the queries get dQ / sqrt(size). The rule
+    # is for an empty cache, as in training.
     @staticmethod
     def softmax(s):
         """Return P from S. A row must not see the rows after it: they get 0."""
@@ -646,23 +630,23 @@ class Tensor:
         starts = [t for t, position in enumerate(positions) if t == 0 or position == 0]
         documents = [slice(start, end) for start, end in zip(starts, starts[1:] + [len(positions)])]
         queries, keys, values = [], [], []  # the rows of each document
-        for rows in documents:
-            cache += zip(k.data[rows], v.data[rows])
-            seen = cache[-1 - positions[rows.stop - 1] :]  # what its last row sees, also of earlier calls
-            queries.append([[a / root for a in row] for row in self.data[rows]])  # Q'
+        for span in documents:
+            cache += zip(k.data[span], v.data[span])
+            seen = cache[-1 - positions[span.stop - 1] :]  # what its last row sees, also of earlier calls
+            queries.append([[a / root for a in row] for row in self.data[span]])  # Q
             keys.append([key for key, _ in seen])
             values.append([value for _, value in seen])
         qs, ks, vs = [split_heads(docs, n_head) for docs in (queries, keys, values)]
-        ps = list(map(self.softmax, self.matmuls(qs, ks)))                        # from S = Q' K^T
+        ps = list(map(self.softmax, self.matmuls(qs, ks)))                        # from S = Q K^T
         ys = self.matmuls(ps, map(transpose, vs))                                 # P V
 
         def rule(g):
-            gs = split_heads([g[rows] for rows in documents], n_head)
+            gs = split_heads([g[span] for span in documents], n_head)
             dvs = self.matmuls(map(transpose, ps), map(transpose, gs))            # P^T g
             dps = self.matmuls(gs, vs)                                            # g V^T
             dss = list(map(self.softmax_rule, ps, dps))
             dqs = self.matmuls(dss, map(transpose, ks))                           # dS K
-            dks = self.matmuls(map(transpose, dss), map(transpose, qs))           # dS^T Q'
+            dks = self.matmuls(map(transpose, dss), map(transpose, qs))           # dS^T Q
             self.receive([[a / root for a in row] for row in join_heads(dqs, n_head)])
             k.receive(join_heads(dks, n_head))
             v.receive(join_heads(dvs, n_head))
@@ -670,8 +654,8 @@ class Tensor:
         out.shares = ps  # for --explain
         return out
 
-    # The loss of a row of scores z is log(sum of e^z) - z[target]. The first term has the slopes p, the
-    # second -1. So with n rows, dz = (p - 1 at the target, p elsewhere) / n.
+    # The loss of a row of scores z is log(sum of e^z) - z[target]. The first term has the slopes
+    # e^z / sum = p, and the second has -1. So with n rows, dz = g (p - 1 at the target, p elsewhere) / n.
     def cross_entropy(self, targets):
         loss = 0.0
         for row, target in zip(self.data, targets):
@@ -686,10 +670,8 @@ class Tensor:
 
 # 10. Faster products --------------------------------------------------------------------------------------
 # Most of the time goes to dot products, and there to the interpreter's loop rather than to arithmetic. Two
-# tricks make the products faster. (Adam is next: fast_adam, below.) First, the loop is written out: for
-# vectors of length 3, we let Python compile this function, once. (The comma before "in" is for length 1.)
-# That makes a step 1.5 times as fast on CPython 3.11, and on PyPy, a Python with a compiler of its own. On
-# Python 3.12, whose math.sumprod is a fast loop, it is 1.1 times:
+# tricks make the products faster. First, the loop is written out: for vectors of length 3, we let Python
+# compile this function, once. (The comma before "in" is for length 1.)
 #
 #     def product(rows, columns):
 #         out = []
@@ -700,12 +682,14 @@ class Tensor:
 #             out.append(row)
 #         return out
 #
-# Second, after a relu, most numbers are 0: six out of seven in a trained model. A product with such a matrix
-# skips them. Relu passes on no gradient where its result is 0. So its gradient has as many zeros, and the
-# rule of the next linear need not compute the gradient there: that is what `where` is for. Skipping makes a
-# step 1.05 times as fast with 16 channels, and 1.3 times with 64. PyPy does better with nothing skipped, and
-# with longer vectors written out. To try it all, pass FastTensor as the last argument of loss_and_grads in
-# section 8: the minute becomes six seconds.
+# Second, in a trained model, relu makes six numbers out of seven 0, and products with its result skip them.
+# The gradient that relu passes back is 0 in the same places. So for these places, the rule of the linear with
+# mlp_fc2 need not compute dX: that is what `where` is for.
+#
+# Written out, a step is 1.5 times as fast on CPython 3.11 and on PyPy, a Python with a compiler of its own,
+# but only 1.1 times on Python 3.12, whose math.sumprod is a fast loop. Skipping adds 1.05 times with 16
+# channels, 1.3 times with 64, and nothing on PyPy. To try it all, pass FastTensor as the last argument of
+# loss_and_grads in section 8, and call fast_adam there: the minute becomes four seconds.
 
 PYPY = sys.implementation.name == "pypy"
 LONGEST = 256 if PYPY else 15 if hasattr(math, "sumprod") else 64  # for longer ones, a loop does as well
@@ -752,11 +736,11 @@ class FastTensor(Tensor):
         """Return what Tensor.matmul does, but 0 where a Sparse `where` has 0."""
         if PYPY:
             return products(len(rows[0]))(rows, columns)
-        if isinstance(where, Sparse):  # dX, in the rule of the linear after a relu
+        if isinstance(where, Sparse):  # mlp_fc2: dX
             return masked_product(rows, columns, where)
-        if isinstance(rows, Sparse):  # Y, in that linear, and both products in the rule of the linear before
+        if isinstance(rows, Sparse):  # mlp_fc2: Y. mlp_fc1: dX and dW
             return sparse_product(rows, columns)
-        if isinstance(columns, Sparse):  # dW, in its rule: the same dot products, transposed
+        if isinstance(columns, Sparse):  # mlp_fc2: dW. A B is the transpose of B^T A^T.
             return transpose(sparse_product(columns, rows))
         return products(len(rows[0]))(rows, columns)
 
@@ -783,8 +767,8 @@ def fast_adam(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8):
 # tokens: the pair of neighbors that occurs most often becomes a token of its own, again and again. In
 # "banana", the pairs are ba (once), an (twice), and na (twice). On a tie, the smaller pair wins, here an, and
 # the text becomes b [an] [an] a, in which no pair occurs twice. The first merges of input.txt are an, ar, in,
-# en, and er; after 20, emma is e m ma. Documents are strings of chr(id) here (BPETokenizer.merge, below,
-# makes them), and a pair is a string of two. So Python's own replace() merges a pair, from left to right.
+# en, and er; after 20, emma is e m ma. So that Python's own replace() can merge a pair, from left to right,
+# documents are strings of chr(id) here, and a pair is a string of two.
 
 def learn_merges_slowly(docs, n, first_id):
     """Return the first n merges, (left id, right id), whose own ids begin at first_id. Return fewer if no
@@ -792,8 +776,8 @@ def learn_merges_slowly(docs, n, first_id):
     merges = []
     while len(merges) < n:
         counts = Counter(pair for doc in docs for pair in map(add, doc, doc[1:]))
-        pair = min(counts, key=lambda pair: (-counts[pair], pair), default="")  # counts[""] is 0
-        if counts[pair] < 2:
+        pair, count = min(counts.items(), key=lambda item: (-item[1], item[0]), default=("", 0))
+        if count < 2:
             break
         docs = [doc.replace(pair, chr(first_id + len(merges))) for doc in docs]
         merges.append((ord(pair[0]), ord(pair[1])))
@@ -806,10 +790,10 @@ def learn_merges_slowly(docs, n, first_id):
 # M, not b; and at the empty piece, MM has replaced abab, which had ba in the middle.
 #
 # To find the most frequent pair, the function keeps pairs on a heap, a list from which the smallest entry is
-# quick to take, here the entry with the lowest -count. A new pair is put on the heap. Afterward, its count
-# can only fall. The old entry stays, so it may claim too much, but never too little. When one comes up,
-# compare it with the count: if they agree, no pair has more; if the entry claims too much, put it back
-# corrected.
+# quick to take, here the entry with the lowest -count. A new pair is put on the heap. Later merges make only
+# pairs with newer tokens, so its count can only fall. The old entry stays, so it may claim too much, but
+# never too little. When one comes up, compare it with the count: if they agree, no pair has more; if the
+# entry claims too much, put it back corrected.
 
 BETWEEN = chr(0x10FFFF)  # stands between documents and is part of no pair
 
@@ -825,7 +809,7 @@ def learn_merges(docs, n, first_id):
             if counts[pair] > 1:
                 heappush(heap, (-counts[pair], pair))
             continue
-        left, right, merged = *pair, chr(first_id + len(merges))
+        (left, right), merged = pair, chr(first_id + len(merges))
         merges.append((ord(left), ord(right)))
         pieces = text.split(pair)
         text = merged.join(pieces)
@@ -845,8 +829,18 @@ def learn_merges(docs, n, first_id):
         counts[pair] = 0  # in aaa, the pair aa was counted twice, though only one could be replaced
     return merges
 
+class UserError(RuntimeError):
+    """A problem that the user can fix, reported in one line."""
+
+def require(condition, what, error=UserError):
+    """Raise an error that says what is wrong, unless the condition holds."""
+    if not condition:
+        raise error(what)
+
 class BPETokenizer(CharTokenizer):
-    """A CharTokenizer with one more token for each merge. BOS stays the last id."""
+    """A CharTokenizer with one more token for each merge. BOS stays the last id. To make one with 20 merges:
+        chars = BPETokenizer(docs)
+        tokenizer = BPETokenizer(docs, learn_merges(chars.merge(docs), 20, len(chars.ids)))"""
     def __init__(self, docs, merges=()):
         super().__init__(docs)
         self.merges = merges
@@ -870,7 +864,7 @@ class BPETokenizer(CharTokenizer):
         return list(map(ord, self.merge([text])[0]))
 
 # 12. The GPU ----------------------------------------------------------------------------------------------
-# A GPU multiplies thousands of numbers at once, with about 7 digits, but they must travel there and back. For
+# A GPU multiplies thousands of numbers at once, to about 7 digits, but they must travel there and back. For
 # a product of m x k by k x n numbers, measured on CPython 3.12 with an NVIDIA H200:
 #
 #                 the trip    for each of m k + k n + m n numbers    for each of m n k multiplications
@@ -882,6 +876,18 @@ class BPETokenizer(CharTokenizer):
 # after an interface to the GPUs of all makers, sends the products that gain through a second file,
 # vulkan_gemm.py, which measures these costs at the start.
 
+def reason(error):
+    """Return what to say about an error. An OSError has a strerror; a MemoryError has no text."""
+    return getattr(error, "strerror", None) or str(error) or "there is not enough memory"
+
+@contextmanager
+def reporting(what):
+    """Turn any error into a UserError that says what cannot be done, and why."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{what}: {reason(error)}") from None
+
 @lru_cache(maxsize=None)  # only the first call starts the GPU
 def gpu_matmuls():
     """Return a matmuls that uses the GPU where that is faster. Raise UserError if there is no GPU."""
@@ -889,7 +895,7 @@ def gpu_matmuls():
         from vulkan_gemm import VulkanGemm, offload
         gpu = VulkanGemm()
     atexit.register(gpu.close)
-    return offload(gpu, FastTensor.matmuls)  # at each call, it takes the one that will be faster
+    return offload(gpu, FastTensor.matmuls)  # for each call, the faster of the two
 
 class VulkanTensor(FastTensor):
     """The engine `vulkan`: a FastTensor with its large products on the GPU, which skips nothing."""
@@ -913,12 +919,28 @@ ENGINES = {"scalar": Matrix, "tensor": FastTensor, "vulkan": VulkanTensor}
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK", "SIGXCPU")
          if hasattr(signal, name)]
 
-def work(pipe, others, engine):
+# A worker that is only starting cannot ignore signals yet. So meanwhile, they wait.
+
+@contextmanager
+def signals_wait(context):
+    """Hold signals back while workers start in this multiprocessing context. (Windows cannot.)"""
+    mask = getattr(signal, "pthread_sigmask", None)
+    if mask and context.get_start_method() != "fork":
+        from multiprocessing import resource_tracker
+        resource_tracker.ensure_running()  # its start would let signals through again
+    before = mask and mask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        if mask:
+            mask(signal.SIG_SETMASK, before)
+
+def work(pipe, parent_ends, engine):
     """Answer each (model, weights, batch) from the pipe with what loss_and_grads returns, or its error."""
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)  # signals are for the parent, which lets the step end
-    for other in others:
-        other.close()  # a fork copied the parent's ends; a pipe ends only when every copy is closed
+    for end in parent_ends:
+        end.close()  # copies, made by fork: while one is open, recv does not notice that the parent has ended
     with suppress(EOFError, OSError):  # the parent has ended
         while True:
             model, weights, batch = pipe.recv()
@@ -938,13 +960,13 @@ class Workers:
             return
         context = multiprocessing.get_context(
             "fork" if sys.platform == "linux" and engine is not VulkanTensor else "spawn")
-        try:  # signals_wait, in section 20, holds signals back while the workers start
+        try:
             with reporting("cannot start the workers"), signals_wait(context):
                 for _ in range(n):
                     here, there = context.Pipe()
                     self.pipes.append(here)
-                    ends = self.pipes if context.get_start_method() == "fork" else []
-                    process = context.Process(target=work, args=(there, ends, engine), daemon=True)
+                    copied = self.pipes if context.get_start_method() == "fork" else []
+                    process = context.Process(target=work, args=(there, copied, engine), daemon=True)
                     process.start()
                     self.processes.append(process)
                     there.close()
@@ -953,7 +975,8 @@ class Workers:
             raise
 
     def loss_and_grads(self, model, weights, batch):
-        """Return what loss_and_grads does. Raise UserError if a worker dies."""
+        """Return what loss_and_grads does, for a batch of n documents or more. Raise UserError if a worker
+        dies."""
         if not self.pipes:
             return loss_and_grads(model, weights, batch, self.engine)
         n, loss, grads = len(self.pipes), 0.0, zeros(weights)
@@ -998,14 +1021,15 @@ from itertools import product, takewhile
 #     GELU for relu            2, 0, -2 become 1.95, 0, -0.05: like relu, but some gradient passes below 0.
 #     a norm at the end        It replaces the first norm. The logits have the same scale at any depth.
 #     wte serves as lm_head    Both have a row for each token. wte gets the gradients of both uses.
-#     small weights            They start at 0.02, not 0.08. Those of attn_wo and mlp_fc2, whose 2 n_layer
-#                              results add up in x, start at 0.02 / sqrt(2 n_layer).
+#     small weights            Their standard deviation is 0.02, not 0.08. In attn_wo and mlp_fc2, it is
+#                              0.02 / sqrt(2 n_layer), since 2 n_layer of their results add up in x.
 #
 # Dropout, which sets random channels to 0 in training, is left out. A gain or a bias is a matrix with one
 # row, which embed() repeats.
 
 def center(x):
-    """Return x minus the mean of each row. For [1, 3], one linear makes [2], and another makes [-2, -2]."""
+    """Return x minus the mean of each row, without a new rule: for [1, 3], one linear makes [2], the mean,
+    and another makes [-2, -2]."""
     n, wrap = len(x.data[0]), type(x).wrap
     return x + x.linear(wrap([[1 / n] * n])).linear(wrap([[-1.0]] * n))
 
@@ -1088,7 +1112,8 @@ MODELS = {"microgpt": GPT, "gpt2": GPT2}
 
 # 15. Optimizers in historical order -----------------------------------------------------------------------
 # Each was meant to improve on the ones before. g is the gradient of a weight w. The default run, with the
-# learning rate 0.01, reaches these losses on held-out names (--val-fraction 0.1 --optimizer NAME):
+# learning rate 0.01, reaches these losses on names that it has not seen (--val-fraction 0.1 --optimizer
+# NAME):
 #
 #     sgd 2.64    momentum 2.51    rmsprop 2.49    adam 2.50    adamw 2.50
 #
@@ -1134,7 +1159,7 @@ SCHEDULES = {"linear": lambda done: 1 - done, "cosine": lambda done: (1 + math.c
              "constant": lambda done: 1}
 
 def learning_rate(args, step):
-    """Return the learning rate of a step, which counts from 0."""
+    """Return the learning rate of a step, which counts from 0. args.lr is the value of --lr, and so on."""
     if step < args.warmup_steps:
         return args.lr * (step + 1) / args.warmup_steps
     done = (step - args.warmup_steps) / (args.steps - args.warmup_steps)
@@ -1173,8 +1198,7 @@ def draw(logits, temperature, top_k, rng):
         return logits.index(top)
     candidates = range(len(logits))
     if top_k:
-        candidates = nlargest(top_k, candidates, key=lambda i: logits[i])
-        candidates.sort()  # by id, the order that they have without top_k
+        candidates = sorted(nlargest(top_k, candidates, key=lambda i: logits[i]))  # by id, as without top_k
     odds = [math.exp((logits[i] - top) / temperature) for i in candidates]
     return rng.choices(candidates, weights=odds)[0]
 
@@ -1216,8 +1240,9 @@ class Run:
         self.losses = []       # (step, loss) of the steps so far
         self.validations = []  # (step, validation loss)
         self.recent = []       # the losses since the last validation
-        self.corpus = None     # which text it is trained on
-        self.saved, self.saved_at = None, time.perf_counter()  # the step last saved; when it was last tried
+        self.corpus = None     # facts about the text that it is trained on
+        self.saved = None      # the step last saved
+        self.saved_at = time.perf_counter()  # when it was last saved, or tried to
 
     def wrap(self, engine=None):
         """Return name -> matrix of weights."""
@@ -1263,10 +1288,10 @@ class Run:
             save_run(self, path or self.args.save)
 
 # 17. Checkpoints ------------------------------------------------------------------------------------------
-# A run is kept in one .safetensors file, which other programs can open and which, unlike a pickle, cannot run
-# code. It holds the length of the header, the header, and the numbers. The header is JSON: the metadata
-# (strings), and the type, shape, and place of each matrix. With only w = [[1.0]] in it (a single row counts
-# as a vector), a file is these 88 bytes:
+# A run is kept in one .safetensors file, which other programs can open and which, unlike Python's pickle,
+# cannot run code. It holds the length of the header, the header, and the numbers. The header is JSON: the
+# metadata (strings), and the type, shape, and place of each matrix. With only w = [[1.0]] in it (a single row
+# counts as a vector), a file is these 88 bytes:
 #
 #     48 00 00 00 00 00 00 00        72, the length of the header, lowest byte first
 #     {"__metadata__":{},"w":{"dtype":"F64","shape":[1],"data_offsets":[0,8]}}
@@ -1281,7 +1306,7 @@ def write_safetensors(path, tensors, metadata):
         if len(rows) == 1:
             shape = shape[1:]  # a gain or a bias is a vector
         header[name] = {"dtype": "F64", "shape": shape, "data_offsets": [start, end]}
-        numbers += [struct.pack(f"<{len(row)}d", *row) for row in rows]  # "<3d" packs three doubles
+        numbers += [struct.pack(f"<{len(row)}d", *row) for row in rows]  # "<3d" packs three floats
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # spaces, up to a multiple of 8
     replace_file(path, [len(text).to_bytes(8, "little"), text, *numbers])
@@ -1290,27 +1315,29 @@ def replace_file(path, parts):
     """Write byte strings to a new file beside `path`, and rename it to `path` only once it is whole and on
     disk. So one intact copy always survives."""
     target = os.path.realpath(path)  # for a link, replace what it points to
-    part = os.path.join(os.path.dirname(target), f"{os.getpid()}.{time.time_ns()}.part")
+    new = os.path.join(os.path.dirname(target), f"{os.getpid()}.{time.time_ns()}.part")
     with reporting(f"cannot save {path}"):
         try:
-            with open(part, "xb") as file:  # x: the file must be new
+            with open(new, "xb") as file:  # x: the file must be new
                 file.writelines(parts)
                 file.flush()
                 os.fsync(file.fileno())
             if os.path.exists(target):
-                shutil.copymode(target, part)
-            os.replace(part, target)
+                shutil.copymode(target, new)
+            os.replace(new, target)
         finally:
             with suppress(OSError):
-                os.remove(part)  # which is there only after an error
+                os.remove(new)  # which is there only after an error
 
 def read_header(file):
     """Return the metadata, and name -> type, shape, and place, from an open .safetensors file."""
-    size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+    length = int.from_bytes(file.read(8), "little")
+    size = os.fstat(file.fileno()).st_size
     require(8 + length <= size, "it is cut short, or not a .safetensors file")
     header = json.loads(file.read(length))
     require(isinstance(header, dict), "it is not a .safetensors file")
-    return header.pop("__metadata__", {}), header
+    metadata = header.pop("__metadata__", {})
+    return metadata, header
 
 def read_safetensors(path):
     """Return name -> rows of floats, and the metadata."""
@@ -1322,9 +1349,10 @@ def read_safetensors(path):
     tensors = {}
     for name, entry in header.items():
         require(entry["dtype"] in ("F32", "F64"), f"it holds {entry['dtype']}, not F32 or F64")
-        layout = f"<{entry['shape'][-1]}{'f' if entry['dtype'] == 'F32' else 'd'}"  # of a row
-        data = numbers[slice(*entry["data_offsets"])]
-        tensors[name] = [list(row) for row in struct.iter_unpack(layout, data)]
+        kind = "f" if entry["dtype"] == "F32" else "d"
+        layout = f"<{entry['shape'][-1]}{kind}"  # of a row
+        start, end = entry["data_offsets"]
+        tensors[name] = [list(row) for row in struct.iter_unpack(layout, numbers[start:end])]
     return tensors, metadata
 
 # What does a checkpoint keep of a Run? The tensors are its weights, m, and v. The metadata are facts, in
@@ -1342,7 +1370,7 @@ TUNED = "autotune", "batch_sizes", "worker_counts"
 THIS_TIME = "save", "resume", "plot", "trace", "explain", *TUNED  # flags that no later command inherits
 
 def as_argv(flags):
-    """Return name -> value of flags as the words of a command line."""
+    """Return flags as words of a command line: {"steps": 50, "stream": True} as --steps=50 and --stream."""
     words = []
     for name, value in flags.items():
         word = "--" + name.replace("_", "-")
@@ -1361,7 +1389,8 @@ def facts_of(run):
 
 def save_run(run, path):
     """Write a checkpoint. Raise Overflow if a number is not finite."""
-    run.saved_at, tensors = time.perf_counter(), dict(run.weights)
+    run.saved_at = time.perf_counter()
+    tensors = dict(run.weights)
     for name in run.weights:
         tensors["optimizer.m." + name] = run.m[name]
         tensors["optimizer.v." + name] = run.v[name]
@@ -1381,7 +1410,8 @@ def run_from(metadata):
     version, words, spare = facts["random"]
     run.rng.setstate((version, tuple(words), spare))  # JSON has made a list of the tuple
     for name in PROGRESS:
-        setattr(run, name, facts.get(name, getattr(run, name)))  # earlier versions lack some
+        if name in facts:  # earlier versions lack some
+            setattr(run, name, facts[name])
     return run
 
 def take(tensors, prefix, shapes):
@@ -1486,7 +1516,7 @@ def round_ticks(low, high):
 def loss_plot(losses, validations):
     """Return an SVG picture of (step, loss)."""
     mean, means = 0.0, []
-    for i, (step, loss) in enumerate(losses):  # 1/n of the way to each loss: n = 1, 2, ..., up to 1/30 of all
+    for i, (step, loss) in enumerate(losses):  # a running mean, of about 1/30 of all losses
         mean += (loss - mean) / min(i + 1, len(losses) // 30 + 1)
         means.append((step, mean))
     points = [*losses, *validations] or [(0, 0.0)]
@@ -1561,7 +1591,7 @@ def find_files(patterns):
 def read_text(path):
     """Return the text of a UTF-8 file, with a line end at its end."""
     with reporting(f"cannot read {path}"), open(path, encoding="utf-8-sig") as file:
-        text = file.read().replace("\ufeff", "")  # inside, where files were joined
+        text = file.read().replace("\ufeff", "")  # byte-order marks, where files were joined
         require("\0" not in text, "it has NUL characters (is it UTF-16?)")
     return text if text.endswith("\n") else text + "\n"
 
@@ -1596,7 +1626,7 @@ def new_run(args, docs, held_out, rng):
     tokenizer = BPETokenizer(docs + held_out)
     if args.merges:
         merges = learn_merges(tokenizer.merge(docs), args.merges, len(tokenizer.tokens))
-        tokenizer = BPETokenizer(tokenizer.tokens, merges)
+        tokenizer = BPETokenizer(tokenizer.tokens, merges)  # for its alphabet, single characters will do
     return Run(args, tokenizer, rng)
 
 def tokenize(run, docs, held_out):
@@ -1654,7 +1684,7 @@ def sample_of(run, rng):
     return visible(run.generate(args.prompt, args.temperature, args.top_k, args.max_tokens, rng))
 
 def after_step(run, held_out, loss):
-    """Keep the loss, and do what is due after a step: validate, show a sample, save."""
+    """Keep the loss, and do what is due: validate, show a sample, save (every ten minutes at least)."""
     args, step = run.args, run.step
     if step % (1 + args.steps // 4000) == 0:  # a few thousand points are enough
         run.losses.append((step, loss))
@@ -1815,10 +1845,9 @@ def execute(argv, signals):
 
 class UsageError(UserError): status = 2  # the exit status (report, below)
 
-def refuse(*rules):
-    """Raise UsageError with the message of the first (condition, message) that holds."""
-    for condition, message in rules:
-        require(not condition, message, UsageError)
+def refuse(condition, message):
+    """Raise UsageError with the message if the condition holds."""
+    require(not condition, message, UsageError)
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -1919,7 +1948,7 @@ flag("--worker-counts", **COUNTS, default=CORES, help="to try (1,2,4 ... up to t
 
 def given_flags(argv):
     """Return name -> value of the flags that a command line has, without defaults."""
-    nothing = dict.fromkeys(vars(FLAGS.parse_args([])))  # all None: only missing names get defaults
+    nothing = dict.fromkeys(vars(FLAGS.parse_args([])))  # argparse gives defaults only to new names
     flags = vars(FLAGS.parse_args(argv, argparse.Namespace(**nothing)))
     return {name: value for name, value in flags.items() if value is not None}
 
@@ -1932,7 +1961,7 @@ def parse_args(argv):
     if needs_corpus(args, run, given):
         args.corpus = find_files(args.corpus or [default_corpus()])
     if "div_warn" in given or "div_crit" in given:  # these need a validation
-        refuse((run and not args.val_fraction, "the run to resume has no --val-fraction"))
+        refuse(run and not args.val_fraction, "the run to resume has no --val-fraction")
         args.val_fraction = args.val_fraction or 0.1
     if run and run.step < args.steps and args.save is None:
         args.save = args.resume
@@ -1949,8 +1978,8 @@ def default_corpus():
     return "input.txt" if os.path.exists("input.txt") else os.path.join(folder, "input.txt")
 
 # You may resume a run for more samples, for more steps, or for steps on another corpus (fine-tuning), which
-# make it a new run, in a new file. Its matrices keep their sizes. And more steps on the same corpus must hold
-# out the same names, the last ones after a shuffle by the seed.
+# make a new run, in a new file. The matrices keep their sizes. More steps on the same corpus must hold out
+# the same names, so --seed and --val-fraction stay, too.
 
 FIXED = "n_layer", "n_embd", "n_head", "block_size", "arch", "merges", "stream"
 
@@ -1961,12 +1990,12 @@ def resume(run, args, given, corpus):
     fine_tuning = "corpus" in given and args.corpus != old.corpus and is_another(run.corpus, corpus)
     new_split = args.seed != old.seed or args.val_fraction != old.val_fraction
     changed = [name.replace("_", "-") for name in FIXED if getattr(args, name) != getattr(old, name)]
-    refuse(
-        (changed, f"{path} was made with another --{' --'.join(changed)}"),
-        (fine_tuning and not more_steps, f"{path} has made its {run.step} steps; --steps must be larger"),
-        (fine_tuning and same_file(args.save, path), "a new --corpus needs a new --save, too"),
-        (more_steps and new_split and not fine_tuning,
-         "another --seed or --val-fraction would train on what was held out"))
+    refuse(changed, f"{path} was made with another --{' --'.join(changed)}")
+    if fine_tuning:
+        refuse(not more_steps, f"{path} has made its {run.step} steps; --steps must be larger")
+        refuse(same_file(args.save, path), "a new --corpus needs a new --save, too")
+    elif more_steps:
+        refuse(new_split, "another --seed or --val-fraction would change what is held out")
     if args.seed != old.seed:
         run.rng.seed(args.seed)
     if args.optimizer != old.optimizer:
@@ -1997,9 +2026,9 @@ def prepare(args, run, given):
             compare_corpus(run, corpus, docs + held_out)
         run = run or new_run(args, docs, held_out, rng)
         run.corpus = corpus
-        characters = sum(map(len, docs))
         docs, held_out = tokenize(run, docs, held_out)
         if run.tokenizer.merges:
+            characters = sum(len(run.tokenizer.decode(doc)) for doc in docs)
             tokens = sum(len(doc) - 2 * len(run.boundary) for doc in docs)
             say(f"characters per token: {characters / tokens:.2f}")
     say(f"vocab size: {run.tokenizer.vocab_size}")
@@ -2097,12 +2126,11 @@ def report(error, run, caught):
 
 def check(args):
     """Refuse flags that do not go together, and files that cannot be written."""
-    heads, channels, workers = args.n_head, args.n_embd, args.workers
-    weights = 12 * args.n_layer * channels**2 + args.block_size * channels  # a layer has 4 + 8 d x d
-    refuse(
-        (channels % heads, f"--heads {heads} does not divide --d-model {channels}"),
-        (workers > args.batch_size, f"--workers {workers} is more than --batch-size {args.batch_size}"),
-        (weights > 10**9, "the model is too large"))
+    heads, d, workers, size = args.n_head, args.n_embd, args.workers, args.batch_size
+    refuse(d % heads, f"--heads {heads} does not divide --d-model {d}")
+    refuse(workers > size, f"--workers {workers} is more than --batch-size {size}")
+    weights = args.n_layer * 12 * d * d + args.block_size * d  # a layer: 4 d x d in attention, 8 in the MLP
+    refuse(weights > 10**9, "the model is too large")
     check_files(args)
 
 # No command may destroy a file of yours. A picture (--plot) replaces only a file that begins as a picture
@@ -2113,18 +2141,19 @@ def check_files(args):
     own = same_file(args.save, args.resume)  # then the run replaces its own checkpoint
     files = [args.plot, args.trace, *(args.corpus or []), args.save, None if own else args.resume]
     places = [os.path.realpath(path) for path in files if path]
-    refuse((len(set(places)) < len(places), "a file is named for two purposes"))
+    refuse(len(set(places)) < len(places), "a file is named for two purposes")
     if is_taken("save", args.save) and not own:
         with reporting(f"cannot write {args.save}"), open(args.save, "rb") as file:
-            steps = json.loads(read_header(file)[0]["step"])
-        raise UsageError(f"{args.save} holds a run of {steps} steps: "
-                         f"go on with --resume {args.save}, or save under another name")
+            metadata, _ = read_header(file)
+            require("step" in metadata, "it was not saved by this program")
+        refuse(True, f"{args.save} holds a run of {metadata['step']} steps: "
+                     f"go on with --resume {args.save}, or save under another name")
     for name, end, start in ("plot", ".svg", b"<svg"), ("trace", ".jsonl", b'{"flags"'):
         path = getattr(args, name)
         if is_taken(name, path, end):
             with reporting(f"cannot write {path}"), open(path, "rb") as file:
                 begin = file.read(len(start))
-            refuse((begin not in (b"", start), f"{path} holds something else"))
+            refuse(begin not in (b"", start), f"{path} holds something else")
 
 def is_taken(name, path, end=""):
     """Return whether there is a file at the path of a flag. Refuse a path where no file can be written."""
@@ -2132,21 +2161,19 @@ def is_taken(name, path, end=""):
         return False
     target = os.path.realpath(path)
     good = path and path.endswith(end) and os.access(os.path.dirname(target), os.W_OK)
-    refuse((not good, f"--{name} needs a file{f' *{end}' if end else ''} in a writable folder, not {path!r}"))
-    with reporting(f"cannot write {path}"):
-        try:
-            os.stat(target)  # which refuses a name that is too long
-        except FileNotFoundError:
-            return False
+    refuse(not good, f"--{name} needs a file{f' *{end}' if end else ''} in a writable folder, not {path!r}")
+    with reporting(f"cannot write {path}"), suppress(FileNotFoundError):
+        os.stat(target)  # any other error is a reason to refuse, such as a name that is too long
         require(os.path.isfile(target), "it is not a file")
-    return True
+        return True
+    return False
 
 # These are about texts: the corpus, which may have changed since yesterday, and those of --prompt and
 # --explain.
 
 def compare_corpus(run, corpus, docs):
     """Say in a line what is new to a run that goes on with these documents."""
-    notes, old = [], run.corpus or {"paths": ["an unknown text"], "documents": 0}
+    notes, old = [], run.corpus or {"paths": ["an unknown text"], "documents": "?"}
     if is_another(run.corpus, corpus):
         then, now = [f"{', '.join(text['paths'])} ({text['documents']} documents)" for text in (old, corpus)]
         notes.append(f"it was trained on {then}, and goes on with {now}")
@@ -2174,7 +2201,7 @@ def check_texts(run, args):
     run.encode(args.prompt)  # raises the error of section 11
     if args.explain is not None:
         ids = run.encode(args.explain) + run.boundary
-        refuse((len(ids) < 2, "--explain needs at least two tokens"))
+        refuse(len(ids) < 2, "--explain needs at least two tokens")
 
 # When you press Ctrl-C, Python calls a function of ours, wherever the program is. In the middle of a step,
 # some weights have moved, and others have not. So in training, our function, catch, only takes a note:
@@ -2193,10 +2220,11 @@ class Signals:
     def catch(self, number, frame):
         if self.caught and number not in (signal.SIGINT, signal.SIGTERM):
             return  # a terminal that closes sends SIGHUP twice
-        again, self.caught = self.caught, number
-        if again or not self.training:
+        at_once = self.caught or not self.training
+        self.caught = number
+        if at_once:
             raise KeyboardInterrupt
-        if on_terminal():
+        if on_terminal():  # os.write to 2, standard error, as a print may be going on
             os.write(2, b"\nmicrogpt: finishing this step; interrupt again to stop without saving\n")
 
     def start(self):
@@ -2209,22 +2237,6 @@ class Signals:
         """Put back what was there before, or ignore all further signals."""
         for number, handler in self.before.items():
             signal.signal(number, signal.SIG_IGN if ignore else handler)
-
-# A worker (section 13) that is only starting cannot ignore signals yet. So meanwhile, they wait.
-
-@contextmanager
-def signals_wait(context):
-    """Hold signals back while workers start in this multiprocessing context. (Windows cannot.)"""
-    mask = getattr(signal, "pthread_sigmask", None)
-    if mask and context.get_start_method() != "fork":
-        from multiprocessing import resource_tracker
-        resource_tracker.ensure_running()  # its start would let signals through again
-    before = mask and mask(signal.SIG_BLOCK, STOPS)
-    try:
-        yield
-    finally:
-        if mask:
-            mask(signal.SIG_SETMASK, before)
 
 # Last comes main, where it begins. Python looks for unused objects that refer to each other in a circle, but
 # training makes none, so main turns that off. (PyPy has no other way to free memory.) In a notebook, the

@@ -2089,6 +2089,7 @@ REFUSALS = [  # status, pattern of the one line of error, flags
       for flags in ("save nowhere/a", "plot nowhere/a.svg", "trace nowhere/a.jsonl")],
     (1, "folder.svg", "--plot=folder.svg"), (1, r"cannot write \.", "--save ."),
     (1, "cannot write other.txt", "--save other.txt"),
+    (1, "cannot write of-another.safetensors: .*not saved by this program", "--save of-another.safetensors"),
     *[(2, "two purposes", flags) for flags in (
         "--save input.txt/", "--save a.svg --plot a.svg", "--save a.jsonl --trace ./a.jsonl",
         "--corpus text.svg --plot text.svg", "--corpus text.jsonl --trace text.jsonl",
@@ -2175,6 +2176,7 @@ class TestCommandLine(Test):
                               "wide.txt": "ab".encode("utf-16-le"), "text.svg": "<html>",
                               "text.jsonl": "a text"}.items():
             self.file(name, content)
+        microgpt.write_safetensors("of-another.safetensors", {"w": [[1.0]]}, {})
         os.makedirs("folder.svg")
         refusals = list(REFUSALS)
         if os.name == "posix":
