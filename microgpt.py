@@ -475,9 +475,9 @@ from operator import add, mul
 
 # 9. The same operations, a matrix at a time ---------------------------------------------------------------
 # For a name of eight letters, part one puts 38,000 Values on the tape. A Tensor holds the numbers of a whole
-# matrix, so part two needs only 18 Tensors, one for each use of an operation. In place of slopes, a Tensor
-# has a rule: a function that takes g, the gradient of the result, and passes on the gradients of the inputs.
-# The comment above each operation derives its rule. Names, arguments, and (up to rounding) numbers are those
+# matrix, so part two puts only 18 there, one for each use of an operation. In place of slopes, a Tensor has a
+# rule: a function that takes g, the gradient of the result, and passes on the gradients of the inputs. The
+# comment above each operation derives its rule. The names, arguments, and (up to rounding) numbers are those
 # of part one, so a model works with either kind of matrix.
 #
 # In the product A B of two matrices, each number is the dot product of a row of A and a column of B. Below,
@@ -489,7 +489,7 @@ from operator import add, mul
 sumprod = getattr(math, "sumprod", lambda a, b: sum(map(mul, a, b)))  # math has it from Python 3.12 on
 
 class Sparse(list):
-    """Rows with many zeros, as relu leaves them. Section 10 skips the zeros."""
+    """Rows with many zeros, such as relu makes. Section 10 skips the zeros."""
 
 def transpose(rows): return type(rows)(zip(*rows))  # Sparse stays Sparse
 def add_rows(x, y): return [list(map(add, a, b)) for a, b in zip(x, y)]
@@ -505,13 +505,13 @@ def probabilities(scores):
 # is [[1], [3]] and [[2], [4]].
 
 def split_heads(docs, n_head):
-    """Return a matrix for each document and head, from the rows of each document."""
+    """Return a matrix for each document and head."""
     size = len(docs[0][0]) // n_head
     heads = [slice(start, start + size) for start in range(0, n_head * size, size)]
     return [[row[head] for row in doc] for doc in docs for head in heads]
 
 def join_heads(parts, n_head):
-    """Return the rows of all documents from a matrix for each document and head."""
+    """Undo split_heads, and return the rows of all documents in one list."""
     docs = [parts[i : i + n_head] for i in range(0, len(parts), n_head)]
     return [list(chain(*row)) for doc in docs for row in zip(*doc)]  # row: its parts, from all heads
 
@@ -526,14 +526,14 @@ class Tensor:
     @classmethod  # called as Tensor.wrap(rows), and FastTensor.wrap(rows) makes a FastTensor
     def wrap(cls, rows): return cls(rows)
     def result(self, name, data, rule): return type(self)(data, name, rule)
-    backward = Value.backward  # along the same tape; it sets the grad of the loss to 1
+    backward = Value.backward  # walks the same tape, and sets the grad of the loss to 1
 
     def backprop(self):
         if self.received is not None:
             self.rule(self.received)
 
     def receive(self, grad):
-        """Add to the gradient. Rows are replaced, never changed, since other matrices may hold them, too."""
+        """Add grad to the gradient. Make new rows, since other matrices may share the old ones."""
         self.received = grad if self.received is None else add_rows(self.received, grad)
 
     @property  # if nothing has come in, the loss does not depend on this matrix: the gradient is zeros
@@ -562,7 +562,7 @@ class Tensor:
             self.receive(grad)
         return self.result("embed", [self.data[i] for i in ids], rule)
 
-    # y = x + z. Both slopes are 1, so both get g.
+    # y = x + z. Both slopes are 1, so x and z each receive g.
     def __add__(self, other):
         def rule(g):
             self.receive(g)
@@ -570,8 +570,8 @@ class Tensor:
         return self.result("add", add_rows(self.data, other.data), rule)
 
     # In section 4, x = [1, 2] and the weights [3, 4] and [5, 6] gave y = [11, 17]. The 1 went into 11 with
-    # slope 3 and into 17 with slope 5. So for g = [a, b], the gradient of x is [3 a + 5 b, 4 a + 6 b]: that
-    # is dX = g W. The weight 3 went only into 11, with slope 1. So the gradient of the weights is [1 a, 2 a]
+    # slope 3 and into 17 with slope 5. So for g = [a, b], the gradient of x is [3 a + 5 b, 4 a + 6 b], or
+    # dX = g W. The weight 3 went only into 11, with slope 1. So the gradient of the weights is [1 a, 2 a]
     # and [1 b, 2 b], added up over all rows of x: dW = g^T X.
     def linear(self, w):
         def rule(g):
@@ -581,8 +581,8 @@ class Tensor:
 
     # y = s x, where s = M^-0.5 and M is the mean square. x[i] acts on y in two ways. It is a factor of y[i],
     # with slope s. And it moves M (slope 2 x[i] / n), M moves s (slope -M^-1.5 / 2 = -s^3 / 2), and s moves
-    # every y[j] (slope x[j]). Along this path, the slope is -s^3 x[i] x[j] / n = -s y[i] y[j] / n. Times
-    # g[j], and added up over j: dx[i] = s (g[i] - y[i] (y.g) / n), where y.g is the dot product.
+    # every y[j] (slope x[j]). Along this path, the slope is -s^3 x[i] x[j] / n = -s y[i] y[j] / n. Multiply
+    # by g[j], add up over j, and add s g[i]: dx[i] = s (g[i] - y[i] (y.g) / n), where y.g is the dot product.
     def rmsnorm(self):
         scales = [(sumprod(row, row) / len(row) + 1e-5) ** -0.5 for row in self.data]
         y = [[a * scale for a in row] for row, scale in zip(self.data, scales)]
@@ -609,12 +609,12 @@ class Tensor:
     # Y = P V is X W^T with P for X and V^T for W. So dX = g W becomes dP = g V^T, and dW = g^T X becomes
     # (dV)^T = g^T P, or dV = P^T g, since transposing a product swaps its factors. For the softmax, raising
     # s[i] by a small h multiplies e^s[i] by 1 + h, and the sum by 1 + h p[i]. So p[i] gains h p[i], and every
-    # p[j], p[i] too, loses h p[i] p[j]. Times dp, added up, and divided by h, ds[i] = p[i] (dp[i] - sum of
-    # p[j] dp[j]). Then dQ = dS K and dK = dS^T Q, as in linear, and the queries get dQ / sqrt(size). The rule
-    # is for an empty cache, as in training.
+    # p[j], including p[i], loses h p[i] p[j]. Times dp, added up, and divided by h, ds[i] = p[i] (dp[i] - sum
+    # of p[j] dp[j]). Then dQ = dS K and dK = dS^T Q, as in linear, and the queries get dQ / sqrt(size). The
+    # rule assumes an empty cache, as in training.
     @staticmethod
     def softmax(s):
-        """Return P from S. A row must not see the rows after it: they get 0."""
+        """Return P from S. Each row gives 0 to the rows after it, which it must not see."""
         later = range(len(s) - 1, -1, -1)  # how many rows come after each
         return [probabilities(row[: len(row) - n]) + [0.0] * n for row, n in zip(s, later)]
 
@@ -626,13 +626,13 @@ class Tensor:
 
     def attention(self, k, v, n_head, positions, cache):
         root = math.sqrt(len(self.data[0]) // n_head)
-        # A document begins where the position is 0. (The first row may go on from an earlier call.)
+        # A document begins at position 0. (The first row may continue a document from an earlier call.)
         starts = [t for t, position in enumerate(positions) if t == 0 or position == 0]
         documents = [slice(start, end) for start, end in zip(starts, starts[1:] + [len(positions)])]
         queries, keys, values = [], [], []  # the rows of each document
         for span in documents:
             cache += zip(k.data[span], v.data[span])
-            seen = cache[-1 - positions[span.stop - 1] :]  # what its last row sees, also of earlier calls
+            seen = cache[-1 - positions[span.stop - 1] :]  # all that its last row sees, from any call
             queries.append([[a / root for a in row] for row in self.data[span]])  # Q
             keys.append([key for key, _ in seen])
             values.append([value for _, value in seen])
@@ -655,7 +655,8 @@ class Tensor:
         return out
 
     # The loss of a row of scores z is log(sum of e^z) - z[target]. The first term has the slopes
-    # e^z / sum = p, and the second has -1. So with n rows, dz = g (p - 1 at the target, p elsewhere) / n.
+    # e^z / sum = p, and the second has the slope -1 at the target. So with n rows, dz = g (p - 1) / n there,
+    # and g p / n elsewhere.
     def cross_entropy(self, targets):
         loss = 0.0
         for row, target in zip(self.data, targets):
@@ -669,9 +670,9 @@ class Tensor:
         return self.result("cross_entropy", loss / len(targets), rule)
 
 # 10. Faster products --------------------------------------------------------------------------------------
-# Most of the time goes to dot products, and there to the interpreter's loop rather than to arithmetic. Two
-# tricks make the products faster. First, the loop is written out: for vectors of length 3, we let Python
-# compile this function, once. (The comma before "in" is for length 1.)
+# Most of the time goes to dot products, and most of that to the interpreter's loop, not to arithmetic. Two
+# tricks help. First, we write the loop out: for vectors of length 3, we let Python compile this function,
+# once. (The comma before "in" is for length 1.)
 #
 #     def product(rows, columns):
 #         out = []
@@ -692,11 +693,11 @@ class Tensor:
 # loss_and_grads in section 8, and call fast_adam there: the minute becomes four seconds.
 
 PYPY = sys.implementation.name == "pypy"
-LONGEST = 256 if PYPY else 15 if hasattr(math, "sumprod") else 64  # for longer ones, a loop does as well
+LONGEST = 256 if PYPY else 15 if hasattr(math, "sumprod") else 64  # for longer vectors, a loop is as fast
 
 @lru_cache(maxsize=None)
 def products(n):
-    """Return a matmul for rows and columns of length n, written out if it is short."""
+    """Return a matmul for rows and columns of length n, written out unless n exceeds LONGEST."""
     if n > LONGEST:
         return Tensor.matmul
     a, b = [f"a{i}" for i in range(n)], [f"b{i}" for i in range(n)]
@@ -713,7 +714,7 @@ def products(n):
     return names["product"]
 
 def sparse_product(rows, columns):
-    """Return the product of rows with many zeros."""
+    """Return the product, skipping the zeros in the rows."""
     out, inner = [], transpose(columns)
     for row in rows:
         numbers = [*compress(row, row)]            # of [0, 3, 0, 5], compress keeps [3, 5]
@@ -733,7 +734,7 @@ class FastTensor(Tensor):
     """The engine `tensor`: a Tensor with faster products."""
     @staticmethod
     def matmul(rows, columns, where=None):
-        """Return what Tensor.matmul does, but 0 where a Sparse `where` has 0."""
+        """Return the product, as Tensor.matmul does. Where a Sparse `where` has 0, it may be 0 instead."""
         if PYPY:
             return products(len(rows[0]))(rows, columns)
         if isinstance(where, Sparse):  # mlp_fc2: dX
@@ -745,7 +746,7 @@ class FastTensor(Tensor):
         return products(len(rows[0]))(rows, columns)
 
 def rows_of(*dictionaries):
-    """Yield the rows that belong together in weights, gradients, and running means."""
+    """Yield the corresponding rows of weights, gradients, and running means."""
     for name in dictionaries[0]:
         yield from zip(*[each[name] for each in dictionaries])
 
@@ -771,8 +772,7 @@ def fast_adam(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8):
 # documents are strings of chr(id) here, and a pair is a string of two.
 
 def learn_merges_slowly(docs, n, first_id):
-    """Return the first n merges, (left id, right id), whose own ids begin at first_id. Return fewer if no
-    remaining pair occurs twice."""
+    """Return n merges, (left id, right id), or fewer if no pair occurs twice. New ids begin at first_id."""
     merges = []
     while len(merges) < n:
         counts = Counter(pair for doc in docs for pair in map(add, doc, doc[1:]))
@@ -783,17 +783,17 @@ def learn_merges_slowly(docs, n, first_id):
         merges.append((ord(pair[0]), ord(pair[1])))
     return merges
 
-# This counts all pairs anew for every merge: 200 merges of input.txt take 1.3 seconds. The function below
+# This function counts all pairs anew for every merge: 200 merges of input.txt take 1.3 seconds. The next one
 # takes 0.04 seconds, because it counts once, and then corrects only the counts of pairs next to a replaced
-# pair. In xababy, with M for ab, the result is xMMy. To find what has changed, the function splits the text
-# at ab, into the pieces x, "", and y: the last letter of x now meets M, not a; the first letter of y follows
-# M, not b; and at the empty piece, MM has replaced abab, which had ba in the middle.
+# pair. With M for ab, xababy becomes xMMy. To find what has changed, the function splits the text at ab, into
+# the pieces x, "", and y: the last letter of x now meets M, not a; the first letter of y follows M, not b;
+# and at the empty piece, MM has replaced abab, which had ba in the middle.
 #
 # To find the most frequent pair, the function keeps pairs on a heap, a list from which the smallest entry is
-# quick to take, here the entry with the lowest -count. A new pair is put on the heap. Later merges make only
-# pairs with newer tokens, so its count can only fall. The old entry stays, so it may claim too much, but
-# never too little. When one comes up, compare it with the count: if they agree, no pair has more; if the
-# entry claims too much, put it back corrected.
+# quick to take, here the entry with the lowest -count. Once a pair is on the heap, its count can only fall,
+# since later merges make only pairs with newer tokens. Its entry stays, so an entry may claim too much, but
+# never too little. If the entry that comes up agrees with the count, no pair has more; otherwise, the
+# function corrects the entry and puts it back.
 
 BETWEEN = chr(0x10FFFF)  # stands between documents and is part of no pair
 
@@ -824,7 +824,7 @@ def learn_merges(docs, n, first_id):
         for other, change in changes.items():
             if BETWEEN not in other:
                 counts[other] += change
-                if change > 1:  # only a pair with the new token gains, and it is new: this is its count
+                if change > 1:  # only pairs with the new token gain, and they are new: change is the count
                     heappush(heap, (-change, other))
         counts[pair] = 0  # in aaa, the pair aa was counted twice, though only one could be replaced
     return merges
@@ -850,7 +850,7 @@ class BPETokenizer(CharTokenizer):
         self.vocab_size = len(self.tokens) + 1
 
     def merge(self, docs):
-        """Return documents as strings of chr(id), without unknown characters, after the merges in order."""
+        """Return merged documents, as strings of chr(id). Leave out unknown characters."""
         ids = {char: chr(i) for char, i in self.ids.items()}
         text = BETWEEN.join(["".join([ids[char] for char in doc if char in ids]) for doc in docs])
         for new, (left, right) in enumerate(self.merges, len(self.ids)):
@@ -864,17 +864,19 @@ class BPETokenizer(CharTokenizer):
         return list(map(ord, self.merge([text])[0]))
 
 # 12. The GPU ----------------------------------------------------------------------------------------------
-# A GPU multiplies thousands of numbers at once, to about 7 digits, but they must travel there and back. For
-# a product of m x k by k x n numbers, measured on CPython 3.12 with an NVIDIA H200:
+# A GPU multiplies thousands of numbers at once, to about 7 digits, but the data must travel there and back.
+# These times for a product of m x k by k x n numbers are from CPython 3.12 and an NVIDIA H200:
 #
 #                 the trip    for each of m k + k n + m n numbers    for each of m n k multiplications
 #     Python      0           0                                      20 ns
 #     the GPU     0.3 ms      25 ns, to pack it                      less than 0.1 ns
 #
 # With m = k = n = 26, both take 0.35 ms; with 128, Python takes 42 ms and the GPU 1.6. A trip costs as much
-# for many products as for one, so those of all documents and heads go at once. The engine `vulkan`, named
-# after an interface to the GPUs of all makers, sends the products that gain through a second file,
+# for many products as for one, so all documents and heads share a trip. The engine `vulkan`, named after an
+# interface to the GPUs of most makers, sends the products that become faster through a second file,
 # vulkan_gemm.py, which measures these costs at the start.
+
+# A file may be missing, and so may a GPU. These two helpers turn any error into one line that says so.
 
 def reason(error):
     """Return what to say about an error. An OSError has a strerror; a MemoryError has no text."""
@@ -890,7 +892,7 @@ def reporting(what):
 
 @lru_cache(maxsize=None)  # only the first call starts the GPU
 def gpu_matmuls():
-    """Return a matmuls that uses the GPU where that is faster. Raise UserError if there is no GPU."""
+    """Return a version of matmuls that uses the GPU. Raise UserError if there is none."""
     with reporting("cannot use a GPU (--engine tensor needs none)"):
         from vulkan_gemm import VulkanGemm, offload
         gpu = VulkanGemm()
@@ -907,23 +909,21 @@ class VulkanTensor(FastTensor):
 ENGINES = {"scalar": Matrix, "tensor": FastTensor, "vulkan": VulkanTensor}
 
 # 13. All the cores ----------------------------------------------------------------------------------------
-# Python usually runs one thread at a time, so processes, the workers, share the documents of a batch
-# (--batch-size, in part three). At each step, every worker gets the weights and a share of the batch through
-# a pipe, and sends back the loss and the gradients of its share. Only this process moves the weights. The
-# loss of the batch is the mean over all predictions: a loss of 2 over 6 predictions and one of 3 over 4 make
-# 0.6 * 2 + 0.4 * 3 = 2.4. The gradients are averaged likewise. A worker begins as a copy of this process
-# (fork) or, where that is not safe, as a new Python that imports this file (spawn). If this process ends, the
-# pipes close, and the workers end, too.
+# Python usually runs one thread at a time, so we split a batch (--batch-size, in part three) among processes,
+# the workers. At each step, every worker gets the weights and a share of the batch through a pipe, and sends
+# back the loss and the gradients of its share. Only this process moves the weights. The loss of the batch is
+# the mean over all predictions: a loss of 2 over 6 predictions and one of 3 over 4 make 0.6 * 2 + 0.4 * 3 =
+# 2.4. The gradients are averaged likewise. A worker begins as a copy of this process (fork) or, if fork is
+# unsafe or missing, as a new Python that imports this file. If this process ends, the pipes close, and the
+# workers end, too.
 
-# The signals that ask a program to stop, of which not every system has all
+# These signals ask a program to stop. No system has all of them.
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK", "SIGXCPU")
          if hasattr(signal, name)]
 
-# A worker that is only starting cannot ignore signals yet. So meanwhile, they wait.
-
 @contextmanager
 def signals_wait(context):
-    """Hold signals back while workers start in this multiprocessing context. (Windows cannot.)"""
+    """Hold signals back until the workers can ignore them. (Windows cannot.)"""
     mask = getattr(signal, "pthread_sigmask", None)
     if mask and context.get_start_method() != "fork":
         from multiprocessing import resource_tracker
@@ -936,9 +936,9 @@ def signals_wait(context):
             mask(signal.SIG_SETMASK, before)
 
 def work(pipe, parent_ends, engine):
-    """Answer each (model, weights, batch) from the pipe with what loss_and_grads returns, or its error."""
+    """Answer each (model, weights, batch) from the pipe with its loss and gradients, or with an error."""
     for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)  # signals are for the parent, which lets the step end
+        signal.signal(number, signal.SIG_IGN)  # only the parent handles signals, after the step
     for end in parent_ends:
         end.close()  # copies, made by fork: while one is open, recv does not notice that the parent has ended
     with suppress(EOFError, OSError):  # the parent has ended
@@ -950,7 +950,7 @@ def work(pipe, parent_ends, engine):
                 answer = error
             pipe.send(answer)
 
-def predictions(batch): return sum(len(tokens) - 1 for tokens in batch)  # of all tokens but the first
+def predictions(batch): return sum(len(tokens) - 1 for tokens in batch)  # nothing predicts a first token
 
 class Workers:
     """Processes that share the work of loss_and_grads. If n is 1, there are none."""
@@ -1016,13 +1016,13 @@ from itertools import product, takewhile
 # GPT-2 (Radford et al. 2019; --arch gpt2) has the same layers as part one, with these differences:
 #
 #     LayerNorm for RMSNorm    It also subtracts the mean: [1, 3] becomes [-1, 1]. (Ba et al. 2016)
-#     gain and bias            Each norm has learned factors and offsets, in case another scale serves better.
+#     gain and bias            Each norm has learned factors and offsets, so that training can set the scale.
 #     a bias in each linear    It is added to the sums, so that a row of zeros need not give zeros.
 #     GELU for relu            2, 0, -2 become 1.95, 0, -0.05: like relu, but some gradient passes below 0.
 #     a norm at the end        It replaces the first norm. The logits have the same scale at any depth.
 #     wte serves as lm_head    Both have a row for each token. wte gets the gradients of both uses.
-#     small weights            Their standard deviation is 0.02, not 0.08. In attn_wo and mlp_fc2, it is
-#                              0.02 / sqrt(2 n_layer), since 2 n_layer of their results add up in x.
+#     small weights            Their first standard deviation is 0.02, not 0.08. For attn_wo and mlp_fc2,
+#                              whose 2 n_layer results add up in x, it is 0.02 / sqrt(2 n_layer).
 #
 # Dropout, which sets random channels to 0 in training, is left out. A gain or a bias is a matrix with one
 # row, which embed() repeats.
@@ -1037,7 +1037,6 @@ def times(a, b): return [list(map(mul, x, y)) for x, y in zip(a, b)]
 
 # y = x z, number by number. The slope for x is z, and the slope for z is x.
 def multiply(x, z):
-    """Return the products of the numbers of two matrices of the same shape."""
     if isinstance(x, Matrix):
         return Matrix(times(x.rows, z.rows))
     def rule(g):
@@ -1048,13 +1047,12 @@ def multiply(x, z):
 # y = x (1 + t) / 2. Here t = tanh(u) climbs from -1 to 1, with the slope 1 - t^2, and u = c (x + k x^3) has
 # the slope c (1 + 3 k x^2). The product and chain rules give the slope of y.
 def gelu_and_slope(x):
-    """Return GELU of a number by its tanh formula (Hendrycks and Gimpel 2016), and its slope there."""
+    """Return the GELU of x by the tanh formula (Hendrycks and Gimpel 2016), and the slope at x."""
     c, k = math.sqrt(2 / math.pi), 0.044715
     t = math.tanh(c * (x + k * x * x * x))
     return x * (1 + t) / 2, (1 + t + x * (1 - t * t) * c * (1 + 3 * k * x * x)) / 2
 
 def gelu(x):
-    """Return GELU of every number of a matrix."""
     if isinstance(x, Matrix):
         def gelu_of(a):
             y, slope = gelu_and_slope(a.data)
@@ -1112,15 +1110,13 @@ MODELS = {"microgpt": GPT, "gpt2": GPT2}
 
 # 15. Optimizers in historical order -----------------------------------------------------------------------
 # Each was meant to improve on the ones before. g is the gradient of a weight w. The default run, with the
-# learning rate 0.01, reaches these losses on names that it has not seen (--val-fraction 0.1 --optimizer
-# NAME):
+# learning rate 0.01, reaches these losses on unseen names (--val-fraction 0.1 --optimizer NAME):
 #
 #     sgd 2.64    momentum 2.51    rmsprop 2.49    adam 2.50    adamw 2.50
 #
 # But each needs a learning rate of its own. The m of momentum is a sum, up to 1 / 0.15 = 6.7 times a
-# gradient, and SGD with 0.067 reaches 2.51, too. With 0.3, SGD reaches 2.49; at 1, its numbers overflow. Adam
-# is less choosy: 2.55 at 0.001, 2.52 at 0.05. All take the same first six arguments, and then their own
-# settings.
+# gradient, and SGD with 0.067 reaches 2.51, too. With 0.3, SGD reaches 2.49; at 1, it overflows. Adam is
+# less sensitive: 2.55 with 0.001, and 2.52 with 0.05. After six shared arguments come the settings.
 
 # w -= lr g: steps downhill along the gradient of a few documents (Robbins and Monro 1951)
 def sgd(weights, grads, m, v, step, lr):
@@ -1134,8 +1130,7 @@ def momentum(weights, grads, m, v, step, lr, beta1=0.85):
             m_row[i] = beta1 * m_row[i] + g[i]
             w[i] -= lr * m_row[i]
 
-# v = beta2 v + (1 - beta2) g^2, w -= lr g / sqrt(v): divides by the recent size of the weight's gradients
-# (Tieleman and Hinton 2012)
+# v = beta2 v + (1 - beta2) g^2, w -= lr g / sqrt(v): divides by the usual size (Tieleman and Hinton 2012)
 def rmsprop(weights, grads, m, v, step, lr, beta2=0.99, eps=1e-8):
     for w, g, v_row in rows_of(weights, grads, v):
         for i in range(len(w)):
@@ -1152,9 +1147,9 @@ def adamw(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8, weig
 OPTIMIZERS = {"sgd": sgd, "momentum": momentum, "rmsprop": rmsprop, "adam": fast_adam, "adamw": adamw}
 SETTINGS = {name: list(signature(optimizer).parameters)[6:] for name, optimizer in OPTIMIZERS.items()}
 
-# The learning rate falls as `done` goes from 0 to 1. With --warmup-steps, it rises first, while the running
-# means are still rough: of 110 steps with 10 of warmup, the 5th has half the rate, the 10th has all of it,
-# and the 61st has half of it. With --clip-grad, one odd batch cannot outweigh many others.
+# A schedule scales the learning rate as `done` goes from 0 to 1. With --warmup-steps, the rate rises first,
+# while the running means are rough: of 110 steps with 10 of warmup, the 5th has half of it, the 10th has all,
+# and the 61st half of it (linear or cosine). With --clip-grad, one odd batch cannot outweigh many others.
 SCHEDULES = {"linear": lambda done: 1 - done, "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
              "constant": lambda done: 1}
 
@@ -1166,7 +1161,7 @@ def learning_rate(args, step):
     return args.lr * SCHEDULES[args.schedule](done)
 
 def norm(grads):
-    """Return the length of all gradients together, as one vector."""
+    """Return the length of the vector of all gradients."""
     return math.sqrt(sum(sumprod(row, row) for (row,) in rows_of(grads)))
 
 def clip(grads, limit):
@@ -1175,9 +1170,9 @@ def clip(grads, limit):
     return {name: [[g * scale for g in row] for row in rows] for name, rows in grads.items()}
 
 # 16. Sampling ---------------------------------------------------------------------------------------------
-# Section 7 draws from all tokens. Two flags make sampling more careful. At --temperature 0, it takes the
-# likeliest token. With --top-k, it draws only from the k likeliest, so that no odd token spoils a text: of
-# the scores 2, 1, 0, --top-k 2 leaves the first two, with the probabilities 0.73 and 0.27.
+# Section 7 draws from all tokens. Two flags make sampling more careful. With --temperature 0, we take the
+# likeliest token. With --top-k, we draw only from the k likeliest, so that no odd token spoils a text: of
+# the scores 2, 1, 0, --top-k 2 leaves the first two, with probabilities of 0.73 and 0.27 at temperature 1.
 #
 # A text can outgrow the context. When all positions are taken, the model starts over at position 0 with the
 # end of the text, half a context long. With a context of 4, if e follows "abcd", the model next reads "de".
@@ -1205,7 +1200,7 @@ def draw(logits, temperature, top_k, rng):
 def continuation(model, w, ids, bos, rng, temperature=0.5, top_k=0, max_tokens=None):
     """Yield the ids with which the model continues: until BOS, at most max_tokens (None: block_size)."""
     size, text, cache = model.block_size, list(ids), model.new_cache()
-    unread, position = text[:], 0  # what the model has not read yet, and where it goes
+    unread, position = text[:], 0  # the ids to read next, and the position of the first
     for _ in range(size if max_tokens is None else max_tokens):
         if position + len(unread) > size:  # no position is left: start over with the last half context
             unread, position, cache = text[-((size + 1) // 2) :], 0, model.new_cache()
@@ -1227,8 +1222,7 @@ def continuation(model, w, ids, bos, rng, temperature=0.5, top_k=0, max_tokens=N
 #     run.generate("em")              emma, or another name that begins with em
 
 class Run:
-    """A training run: its settings (args.lr and so on, from the flags of section 20), its model, its weights,
-    and all else that it needs to go on."""
+    """A training run: its settings (args, from the flags of section 20), and all that it needs to go on."""
     def __init__(self, args, tokenizer, rng, weights=None):
         self.args, self.tokenizer, self.rng = args, tokenizer, rng
         sizes = args.n_layer, args.n_embd, args.n_head, args.block_size
@@ -1236,8 +1230,8 @@ class Run:
         self.weights = self.model.initial_weights(rng) if weights is None else weights
         self.m, self.v = zeros(self.weights), zeros(self.weights)
         self.boundary = [] if args.stream else [tokenizer.bos]  # around each document; a stream has none
-        self.step = 0          # how many steps were made
-        self.losses = []       # (step, loss) of the steps so far
+        self.step = 0          # steps made so far
+        self.losses = []       # (step, loss); a long run leaves out some steps
         self.validations = []  # (step, validation loss)
         self.recent = []       # the losses since the last validation
         self.corpus = None     # facts about the text that it is trained on
@@ -1245,17 +1239,16 @@ class Run:
         self.saved_at = time.perf_counter()  # when it was last saved, or tried to
 
     def wrap(self, engine=None):
-        """Return name -> matrix of weights."""
         engine = engine or ENGINES[self.args.engine]
         return {name: engine.wrap(rows) for name, rows in self.weights.items()}
 
     def encode(self, text):
-        """Return the ids of a text, with what stands before it."""
+        """Return the ids of a text, after BOS unless the corpus is a stream."""
         return self.boundary + self.tokenizer.encode(text)
 
     def generate(self, prompt="", temperature=0.5, top_k=0, max_tokens=None, rng=None):
         """Return the prompt and what the model adds to it, at most max_tokens tokens (None: block_size)."""
-        ids = self.encode(prompt) or [self.tokenizer.ids.get("\n", 0)]  # a stream begins after a line end
+        ids = self.encode(prompt) or [self.tokenizer.ids.get("\n", 0)]  # a stream begins after a newline
         new = continuation(self.model, self.wrap(), ids, self.tokenizer.bos, rng or self.rng,
                            temperature, top_k, max_tokens)
         return prompt + self.tokenizer.decode(new)
@@ -1276,7 +1269,7 @@ class Run:
         return dict(zip([*self.tokenizer.tokens, ""], probabilities(logits)))  # the function of section 9
 
     def loss(self, text):
-        """Return the mean loss over the tokens of a text, with its end."""
+        """Return the mean loss over the tokens of a text, including its end."""
         ids = self.encode(text) + self.boundary
         loss = Tensor(self.logits_of(ids[:-1])).cross_entropy(ids[1:]).data
         tape.clear()
@@ -1298,7 +1291,7 @@ class Run:
 #     00 00 00 00 00 00 f0 3f        1.0
 
 def write_safetensors(path, tensors, metadata):
-    """Write name -> rows of floats, and a dictionary of strings."""
+    """Write tensors (name -> rows of floats) and metadata (name -> string)."""
     header, numbers, end = {"__metadata__": metadata}, [], 0
     for name, rows in tensors.items():
         start, end = end, end + 8 * len(rows) * len(rows[0])
@@ -1363,7 +1356,7 @@ def read_safetensors(path):
 #     random        [3, [1554875599, 4042633355, ...], null]    the state of the random generator
 #     losses        [[1, 3.520], [2, 3.493], ...]               (step, loss)
 #
-# Flags are words so that a file of an earlier version can be read: a flag that it lacks gets its default.
+# The flags are words, so that the program can read files of earlier versions: a new flag gets its default.
 
 PROGRESS = "step", "recent", "losses", "validations", "corpus"  # what a Run knows of its steps so far
 TUNED = "autotune", "batch_sizes", "worker_counts"
@@ -1422,7 +1415,7 @@ def take(tensors, prefix, shapes):
     return rows
 
 def load(path):
-    """Return the Run in a checkpoint. Raise UserError if the file is not a sound one."""
+    """Return the Run in a checkpoint. Raise UserError if the file is missing, damaged, or of another kind."""
     with reporting(f"cannot read {path}"):
         tensors, metadata = read_safetensors(path)
         run = run_from(metadata)
@@ -1435,8 +1428,8 @@ def load(path):
         return run
 
 # 18. Looking inside ---------------------------------------------------------------------------------------
-# What does a model make of a text? After the default run, python microgpt.py --explain emma shows, among
-# other lines:
+# What does a model make of a text? python microgpt.py --explain emma makes the default run, and then prints,
+# among other lines:
 #
 #     token next      p   nats   bits the five likeliest (^ is BOS, _ a space)
 #     m     a     0.231  1.463  2.111  a 0.231   i 0.218   e 0.091   o 0.061   u 0.054
@@ -1447,12 +1440,12 @@ def load(path):
 #     a      ·░·░░ ░░░░░ ░░░░░ ·░·░░
 #
 # After "emm", the a that came had the probability 0.231, more than any other letter. So the loss there is
-# 1.463 nats (with more digits, -log(0.23149)), or 2.111 bits with log2. The model has learned that vowels
-# often follow m, and after the a, its top guess is the end of the name. The maps show where the four heads
-# looked: each row is a position, and a fuller cell means more attention. In the fourth head, the second m
-# looks mostly at BOS, the first column.
+# -log(0.23149) = 1.463 nats, or 2.111 bits with log2. The model has learned that vowels often follow m, and
+# after the a, its top guess is the end of the name. The maps show where the four heads looked: each row is a
+# position, and a fuller cell means more attention. In the fourth head, the second m looks mostly at BOS, the
+# first column.
 
-def say(text): print(text, flush=True)  # at once, also into a file
+def say(text): print(text, flush=True)  # at once, even to a file
 
 def width(text):
     """Return how many columns of a terminal a text takes: Chinese characters take two, accents none."""
@@ -1462,17 +1455,17 @@ def width(text):
 def pad(text, columns): return text + " " * (columns - width(text))
 
 def shades():
-    """Return five characters, from light to dark, that standard output can show."""
+    """Return five characters, from emptiest to fullest, that standard output can show."""
     with suppress(UnicodeEncodeError):
         "·░▒▓█".encode(getattr(sys.stdout, "encoding", None) or "utf-8")
         return "·░▒▓█"
     return ".:+%#"
 
 def explain(run, ids):
-    """Print what a model makes of some tokens."""
+    """Print the guesses, the losses, and the attention at each of some tokens."""
     names = [repr(token)[1:-1].replace(" ", "_") for token in run.tokenizer.tokens] + ["^"]
     rows = run.logits_of(ids[:-1])
-    layers = [out.shares for out in tape if out.name == "attention"]  # of each layer: those of its heads
+    layers = [out.shares for out in tape if out.name == "attention"]  # per layer: the shares of its heads
     losses = [Tensor([row]).cross_entropy([target]).data for row, target in zip(rows, ids[1:])]
     tape.clear()
     wide, bit = max(5, *[width(names[i]) for i in ids]), math.log(2)
@@ -1488,7 +1481,7 @@ def explain(run, ids):
     show_maps(layers, [names[i] for i in ids[:-1]], wide + 1)
 
 def show_maps(layers, names, wide):
-    """Print where each head of each layer looked, of the last 30 positions at most."""
+    """Print where each head of each layer looked, for the last 30 positions at most."""
     last, dark = range(max(0, len(names) - 30), len(names)), shades()
     top = " " + "".join(names[t][0] if width(names[t][0]) == 1 else "?" for t in last)
     for layer, heads in enumerate(layers):
@@ -1500,29 +1493,27 @@ def show_maps(layers, names, wide):
             cells = " ".join("".join(row).ljust(len(last)) for row in maps)
             say(f"{pad(names[t], wide)} {cells}".rstrip())
 
-# The losses can be drawn, too (--plot). The picture is an SVG file, a text that lists shapes and points.
-
 STYLE = """<style>svg { color-scheme: light dark; background: Canvas; color: CanvasText }
 text { fill: currentColor; font: 12px monospace } polyline { fill: none; stroke: currentColor }
 .grid, .loss { stroke-opacity: 0.3 } .mean { color: #2f81f7 } .validation { color: #e0790b }</style>"""
 
 def round_ticks(low, high):
-    """Return the multiples of 1, 2, or 5 times a power of ten from low to high, eleven of them at most."""
+    """Return at most eleven round numbers from low to high, 1, 2, or 5 times a power of ten apart."""
     power = 10.0 ** math.floor(math.log10(high - low))
     gaps = power / 5, power / 2, power  # 2, 5, and 10 tenths of the power
     gap = next(gap for gap in gaps if high - low <= 10 * gap)
     return [i * gap for i in range(math.ceil(low / gap), math.floor(high / gap) + 1)]
 
 def loss_plot(losses, validations):
-    """Return an SVG picture of (step, loss)."""
+    """Return a picture of (step, loss) for --plot, in SVG: a text that lists shapes and points."""
     mean, means = 0.0, []
-    for i, (step, loss) in enumerate(losses):  # a running mean, of about 1/30 of all losses
+    for i, (step, loss) in enumerate(losses):  # a running mean over up to about 1/30 of the losses
         mean += (loss - mean) / min(i + 1, len(losses) // 30 + 1)
         means.append((step, mean))
     points = [*losses, *validations] or [(0, 0.0)]
     steps, values = zip(*points)
     first, last = min(steps), max(steps) + 1
-    low, high = min(values), max(values) * 1.01 + 1e-3  # above low, even for one point
+    low, high = min(values), max(values) * 1.01 + 1e-3  # high exceeds low, even for one point
 
     def place(x, y):  # in pixels: x from 70 to 770, y from 450 up to 50
         return f"{70 + 700 * (x - first) / (last - first):.1f},{450 - 400 * (y - low) / (high - low):.1f}"
@@ -1537,8 +1528,8 @@ def loss_plot(losses, validations):
         svg.append(f'<g class="{name}"><polyline points="{line}"/><text x="{x}" y="30">{name}</text></g>')
     return "\n".join([*svg, "</svg>\n"])
 
-# For those who port this to another language, a trace (--trace) holds all numbers: a line of JSON about the
-# run (facts_of, section 17), and then one for each step.
+# A trace (--trace) helps you port this program to another language. Each line is JSON: the first describes
+# the run and its weights (facts_of, section 17), and each of the others describes a step.
 
 def begin_trace(path, run):
     """Write the first line of a trace. For a resumed run, keep only the lines up to its step."""
@@ -1566,9 +1557,9 @@ def write_trace(path, run, batch, loss, grads):
         file.write(json.dumps(facts).encode() + b"\n")
 
 # 19. Training ---------------------------------------------------------------------------------------------
-# Training takes documents from a corpus, makes steps, and shows how it goes. To see if the model learns more
-# than its documents, we hold some out: it never trains on them, and its mean loss on up to 128 of them is the
-# validation loss. With --val-fraction 0.1, input.txt goes through these functions:
+# Training takes documents from a corpus, makes steps, and shows its progress. To see whether the model learns
+# more than its documents, we hold some out and never train on them. The mean loss on up to 128 of them is the
+# validation loss. With --val-fraction 0.1, these functions process input.txt:
 #
 #     find_files     returns its full path, so that the run can go on from any folder
 #     load_corpus    returns its 9,347 names, shuffled
@@ -1589,9 +1580,9 @@ def find_files(patterns):
     return sorted(files.values())
 
 def read_text(path):
-    """Return the text of a UTF-8 file, with a line end at its end."""
+    """Return the text of a UTF-8 file. Add a final newline if there is none."""
     with reporting(f"cannot read {path}"), open(path, encoding="utf-8-sig") as file:
-        text = file.read().replace("\ufeff", "")  # byte-order marks, where files were joined
+        text = file.read().replace("\ufeff", "")  # joined files have byte-order marks inside
         require("\0" not in text, "it has NUL characters (is it UTF-16?)")
     return text if text.endswith("\n") else text + "\n"
 
@@ -1607,8 +1598,8 @@ def load_corpus(args, rng):
     return docs, facts
 
 def split(docs, args):
-    """Return documents, or the one text of a stream, in two parts: to train on, and to hold out. Hold out the
-    last ones, except those that also stand in the first part."""
+    """Return the documents (or the one text of a stream) to train on, and those to hold out: the last ones,
+    except those that also occur in the first part."""
     whole = docs[0] if args.stream else docs
     cut = len(whole)
     if args.val_fraction:
@@ -1618,11 +1609,11 @@ def split(docs, args):
         return [whole[:cut]], [whole[cut:]]
     trained = set(docs[:cut])
     held_out = [doc for doc in docs[cut:] if doc not in trained]
-    require(held_out or not args.val_fraction, "all documents to hold out are also among the others")
+    require(held_out or not args.val_fraction, "all documents to hold out also occur among the others")
     return docs[:cut], held_out
 
 def new_run(args, docs, held_out, rng):
-    """Return a new Run, with the merges that it learns from the documents."""
+    """Return a new Run. Learn its merges from the documents to train on."""
     tokenizer = BPETokenizer(docs + held_out)
     if args.merges:
         merges = learn_merges(tokenizer.merge(docs), args.merges, len(tokenizer.tokens))
@@ -1641,21 +1632,20 @@ def tokenize(run, docs, held_out):
     return docs, [doc[: size + 1] for doc in held_out[:: len(held_out) // 128 + 1]]
 
 # A step takes the next documents, computes the loss and the gradients, and lets the optimizer move the
-# weights. With --batch-size 4, step 1 takes documents 0 to 3, step 2 takes 4 to 7, and so on, around and
-# around. A text without documents is one long stream, and each step takes pieces from random places in it.
+# weights. With --batch-size 4, step 1 takes documents 0 to 3, step 2 takes 4 to 7, and so on, over and over.
+# A stream has no documents, so each step takes pieces from random places.
 
 def next_batch(run, docs, size):
-    """Return the next documents as lists of ids, cut after block_size + 1, or that much of a stream."""
+    """Return the next documents, cut after block_size + 1 ids, or pieces of that length from a stream."""
     length = run.model.block_size + 1  # the last token is only a target
     if run.args.stream:
-        rng = random.Random(f"{run.args.seed} {run.step}")  # so a resumed run draws the same
+        rng = random.Random(f"{run.args.seed} {run.step}")  # a resumed run draws the same pieces
         starts = [rng.randrange(len(docs[0]) - length + 1) for _ in range(size)]
         return [docs[0][start : start + length] for start in starts]
     first = run.step * size
     return [docs[i % len(docs)][:length] for i in range(first, first + size)]
 
 def update(run, grads):
-    """Move the weights by one step of the optimizer."""
     args = run.args
     settings = {name: getattr(args, name) for name in SETTINGS[args.optimizer]}
     lr = learning_rate(args, run.step)
@@ -1679,12 +1669,12 @@ def train(run, docs, held_out, workers, signals):
     run.save()
 
 def sample_of(run, rng):
-    """Return a sample as the flags ask for it, and as it can be shown."""
+    """Return a sample, made as the flags ask and safe to print."""
     args = run.args
     return visible(run.generate(args.prompt, args.temperature, args.top_k, args.max_tokens, rng))
 
 def after_step(run, held_out, loss):
-    """Keep the loss, and do what is due: validate, show a sample, save (every ten minutes at least)."""
+    """Record the loss, and do what is due: validate, show a sample, save (every ten minutes at least)."""
     args, step = run.args, run.step
     if step % (1 + args.steps // 4000) == 0:  # a few thousand points are enough
         run.losses.append((step, loss))
@@ -1697,13 +1687,11 @@ def after_step(run, held_out, loss):
     if step < args.steps and (step % args.save_every == 0 or time.perf_counter() > run.saved_at + 600):
         try:
             run.save()
-        except UserError as error:  # such as a full disk; the next time may be better
+        except UserError as error:  # the disk is full, for example; the next try may succeed
             warn(f"warning: {error}")
 
-# Where the validation loss rises far above the training loss, the model has begun to memorize.
-
 def validate(run, held_out):
-    """Print the mean losses of training and validation, and keep the latter."""
+    """Print the mean training and validation losses. Record the validation loss."""
     w = run.wrap()
     total, training = 0.0, None
     for ids in held_out:  # one at a time, to save memory
@@ -1720,30 +1708,28 @@ def validate(run, held_out):
     if run.tokenizer.merges:  # for comparison with tokens of other lengths; BOS counts as a character
         characters = sum(len(run.tokenizer.decode([i])) or 1 for ids in held_out for i in ids[1:])
         text += f" | {total / characters:.4f} per character"
-    say(text.ljust(columns()) if on_terminal() else text)  # over the progress that stands there
+    say(text.ljust(columns()) if on_terminal() else text)  # overwrites the progress line
     run.recent.clear()
     if training:
         compare_losses(run, training, validation)
 
 def compare_losses(run, training, validation):
-    """Warn or stop if the validation loss is far above the training loss."""
+    """Warn or stop if the validation loss is far above the training loss: the model has begun to memorize."""
     args, above = run.args, (validation / training - 1) * 100
     message = f"at step {run.step} the validation loss is {above:.0f}% above the training loss"
     require(args.div_crit is None or above <= args.div_crit, message)
     if above > args.div_warn:
         warn(f"warning: {message}")
 
-# What do you see of it? A terminal has one line, which changes in place, since it ends in \r, and is cut
-# where the terminal ends. A file or a pipe gets only the step and the loss, as the original microgpt prints
-# them.
+# On a terminal, one line shows the progress. It changes in place, since it ends in \r, and is cut to fit. A
+# file or a pipe gets only the step and the loss.
 #
-#     step  200 / 2000 | loss 2.2114 | 311 steps/s, 0:00:06 of 0:00:06 left
+#     step 1000 / 2000 | loss 2.4885 | 311 steps/s, 0:00:03 of 0:00:06 left
 
 def on_terminal(): return sys.stdout is sys.__stdout__ and sys.stdout.isatty()  # IDLE's window is not one
 def columns(): return (shutil.get_terminal_size().columns or 80) - 1
 
 def duration(seconds):
-    """Return a time as text: 0:00:42, or 3:20:00."""
     return str(datetime.timedelta(seconds=round(seconds)))
 
 def show_progress(run, loss, first, begin):
@@ -1757,24 +1743,23 @@ def show_progress(run, loss, first, begin):
     print(text, end="\n" if "idlelib" in sys.modules else "\r", flush=True)  # IDLE has no \r
 
 def visible(text):
-    """Return a text with its control characters escaped, as they could hide what a terminal shows."""
+    """Return a text with its control characters escaped, since they could garble a terminal."""
     return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
 
 def warn(message):
-    """Print one line on standard error."""
     if on_terminal():
-        print()  # keeps the line of progress
+        print()  # keeps the progress line
     print("microgpt: " + visible(message).replace("\n", "\\n"), file=sys.stderr, flush=True)
 
-# Which settings are fastest? --autotune tries them, three steps each after one to warm up, and shows tokens
-# per second: the larger the batch, the more a worker or a GPU has to do at a time. It saves nothing.
+# --autotune times settings, three steps each after one to warm up. It saves nothing. A larger batch gives a
+# worker or a GPU more to do at a time.
 
 def time_steps(run, docs, engine, size, n):
     """Return the seconds that a step takes with n workers, a mean of three, and its number of predictions."""
     workers, batch = Workers(n, ENGINES[engine]), next_batch(run, docs, size)
     def step(): update(run, workers.loss_and_grads(run.model, run.weights, batch)[1])
     try:
-        step()  # for warming up
+        step()
         begin = time.perf_counter()
         for _ in range(3):
             step()
@@ -1785,7 +1770,7 @@ def time_steps(run, docs, engine, size, n):
 def autotune(run, docs, given):
     """Time steps with each engine, batch size, and number of workers, and print the fastest as a command."""
     args, rates = run.args, {}
-    require(run.step < args.steps, "--autotune needs steps to make", UsageError)
+    require(run.step < args.steps, "--autotune needs a run with steps left to make", UsageError)
     engines = ["tensor", "vulkan"] if args.engine == "vulkan" else [args.engine]
     say("batch size  workers  engine  tokens/s  all steps")
     for engine, size, n in product(engines, args.batch_sizes, args.worker_counts):
@@ -1799,7 +1784,7 @@ def autotune(run, docs, given):
         else:
             say(f"{row}  {tokens / seconds:8.0f}  {duration(seconds * args.steps)}")
             rates[size, n, engine] = tokens / seconds
-    require(rates, "none of these works")
+    require(rates, "none of these settings works")
     best = dict(zip(("batch_size", "workers", "engine"), max(rates, key=rates.get)))
     flags = {name: value for name, value in {**given, **best}.items() if name not in TUNED}
     say(shlex.join([os.path.basename(sys.executable), sys.argv[0], *as_argv(flags)]))
@@ -1812,12 +1797,12 @@ def autotune(run, docs, given):
 #     python microgpt.py --resume run.safetensors --steps 100
 #
 # Python gives us the words after the file's name as a list, argv: ["--steps", "50", "--save",
-# "run.safetensors"]. To do what they ask for takes four functions, and execute calls them in this order:
+# "run.safetensors"]. Four functions do what the words ask for. execute calls them in this order:
 #
 #     function          what comes of it      today                       tomorrow
 #     parse_args        args, the settings    50 steps, else defaults     100 steps, else as saved today
 #                       a Run to resume       none                        the saved one, at step 50
-#     prepare           a Run                 with random weights         that one
+#     prepare           the Run to train      with random weights         the saved one
 #                       documents             9,347 names                 the same names
 #     train_and_keep    steps, and a file     steps 1 to 50               steps 51 to 100
 #     show              samples               kn, kaoa, kela, ...         qssli, benil, qelli, ...
@@ -1833,15 +1818,15 @@ def execute(argv, signals):
             autotune(run, docs, given)
             return 0
         if held_out and run.step >= args.steps:
-            validate(run, held_out)  # else train does it after the last step
+            validate(run, held_out)  # otherwise, train validates after the last step
         train_and_keep(run, docs, held_out, signals)
         show(run)
         return 0
     except (RuntimeError, ArithmeticError, ValueError, MemoryError, OSError, KeyboardInterrupt) as error:
         return report(error, run, signals.caught)
 
-# First, parse_args. Python's argparse reads the words for us. At a wrong word, it would end the whole
-# process, which may be a notebook. So our Parser raises a UsageError instead, and execute prints its message.
+# In parse_args, Python's argparse reads the words for us. At a wrong word, argparse would end the whole
+# process, which may be a notebook. So our Parser raises a UsageError instead, and report prints its message.
 
 class UsageError(UserError): status = 2  # the exit status (report, below)
 
@@ -1858,9 +1843,8 @@ class Parser(argparse.ArgumentParser):
     def print_help(self, file=None):  # flushed, so that report hears of a full disk
         print(self.format_help(), end="", flush=True)
 
-# A value comes as text, such as "50". So each flag has a type, a function that turns text into a value, or
-# refuses it. The type number(int, 1) turns "50" into 50, and refuses "0" and "many". In --help, a metavar,
-# such as N, stands for the value.
+# Each flag has a type, a function that turns a text into a value or refuses it. The type number(int, 1)
+# turns "50" into 50, and refuses "0" and "many". In --help, a metavar, such as N, stands for the value.
 
 def number(kind, low, high=math.inf):
     """Return a function that turns a text into a number, low <= number < high, or refuses it."""
@@ -1878,10 +1862,10 @@ COUNT = {"metavar": "N", "type": number(int, 1, 10**9)}  # 1, 2, 3, ...
 COUNTS = {"metavar": "N,N", "type": lambda text: [COUNT["type"](word) for word in text.split(",")]}  # 1,2,4
 X = {"metavar": "X", "type": number(float, 0)}            # 0 or more
 SHARE = {"metavar": "X", "type": number(float, 0, 1)}     # from 0 to below 1
-TEXT = {"metavar": "TEXT", "type": lambda text: text.replace("\\n", "\n")}  # \n becomes a line end
+TEXT = {"metavar": "TEXT", "type": lambda text: text.replace("\\n", "\n")}  # \n becomes a newline
 CORES = [2**i for i in range((os.cpu_count() or 1).bit_length())]  # 1, 2, 4, ... up to the cores
 
-# These are all flags, with the texts of --help. FLAGS.parse_args(["--steps", "50"]) returns an object with
+# Here are all the flags, with their help texts. FLAGS.parse_args(["--steps", "50"]) returns an object with
 # steps = 50, lr = 0.01, and so on: each flag's first name, with _ for -, and its value or its default.
 
 FLAGS = Parser(prog="microgpt", usage="%(prog)s [flags]", allow_abbrev=False)
@@ -1890,13 +1874,13 @@ flag = FLAGS.add_argument_group("basics").add_argument  # from here on, flag(...
 flag("--corpus", metavar="GLOB", action="append", help="text, a document per line; repeatable (input.txt)")
 flag("--stream", action="store_true", help="the corpus is one continuous text, not lines")
 flag("--n-layer", "--layers", **COUNT, default=1, help="number of layers (1)")
-flag("--n-embd", "--d-model", **COUNT, default=16, help="width: channels per position (16)")
-flag("--block-size", "--context", **COUNT, default=16, help="tokens the model sees (16)")
+flag("--n-embd", "--d-model", **COUNT, default=16, help="channels per position (16)")
+flag("--block-size", "--context", **COUNT, default=16, help="most tokens that the model can see (16)")
 flag("--steps", **N, default=1000, help="total training steps (1000)")
 flag("--batch-size", **COUNT, default=1, help="documents per step (1)")
 flag("--save", metavar="FILE", help="save the run in this new file, for --resume")
-flag("--resume", metavar="FILE", help="continue this run; other flags override its own")
-flag("--prompt", **TEXT, default="", help=r"what every sample begins with; \n is a line end")
+flag("--resume", metavar="FILE", help="continue this run; other flags override its settings")
+flag("--prompt", **TEXT, default="", help=r"what every sample begins with; \n is a newline")
 flag("--merges", "--vocab-size", **N, default=0, help="byte-pair merges to learn (0)")
 flag = FLAGS.add_argument_group("model").add_argument
 flag("--n-head", "--heads", **COUNT, default=4, help="attention heads per layer (4)")
@@ -1904,27 +1888,27 @@ flag("--arch", choices=MODELS, default="microgpt", help="gpt2: with LayerNorm, b
 flag = FLAGS.add_argument_group("training").add_argument
 flag("--optimizer", choices=OPTIMIZERS, default="adam", help="what moves the weights (adam)")
 flag("--lr", **X, default=0.01, help="the learning rate at its highest (0.01)")
-flag("--beta1", **SHARE, default=0.85, help="how long it remembers gradients (0.85)")
-flag("--beta2", **SHARE, default=0.99, help="how long it remembers their squares (0.99)")
+flag("--beta1", **SHARE, default=0.85, help="how much of the mean of gradients to keep (0.85)")
+flag("--beta2", **SHARE, default=0.99, help="how much of the mean of their squares to keep (0.99)")
 flag("--eps", metavar="X", type=number(float, 1e-30), default=1e-8, help="prevents division by 0 (1e-08)")
-flag("--weight-decay", **X, default=0.01, help="adamw: how hard it pulls weights to 0 (0.01)")
-flag("--schedule", choices=SCHEDULES, default="linear", help="how the learning rate falls (linear)")
+flag("--weight-decay", **X, default=0.01, help="adamw: how hard to pull weights toward 0 (0.01)")
+flag("--schedule", choices=SCHEDULES, default="linear", help="the learning rate after the warmup (linear)")
 flag("--cosine", dest="schedule", action="store_const", const="cosine", help="short for --schedule cosine")
-flag("--warmup-steps", **N, default=0, help="steps in which the learning rate rises first (0)")
+flag("--warmup-steps", **N, default=0, help="first steps, in which the learning rate rises (0)")
 flag("--clip-grad", **X, default=0.0, help="largest norm of all gradients together; 0: no limit (0)")
 flag("--no-clip-grad", dest="clip_grad", action="store_const", const=0.0, help="short for --clip-grad 0")
 flag("--seed", **N, default=42, help="seed of the random generator (42)")
 flag = FLAGS.add_argument_group("watching").add_argument
 flag("--val-fraction", **SHARE, default=0.0, help="share of the corpus to hold out for validation (0)")
 flag("--eval-every", **COUNT, default=100, help="validate every N steps (100)")
-flag("--div-warn", **X, default=20.0, help="warn if the validation loss is X%% above training (20)")
-flag("--div-crit", **X, help="stop if it is X%% above training")
+flag("--div-warn", **X, default=20.0, help="warn if validation is more than X%% above training (20)")
+flag("--div-crit", **X, help="stop if validation is more than X%% above training")
 flag("--gen-every", **COUNT, help="show a sample every N steps")
 flag("--plot", metavar="FILE.svg", help="draw the loss")
 flag("--trace", metavar="FILE.jsonl", help="write a line of numbers for every step")
 flag("--explain", **TEXT, help="show what the model makes of this text")
 flag = FLAGS.add_argument_group("keeping").add_argument
-flag("--save-every", **COUNT, default=500, help="also save every N steps (500)")
+flag("--save-every", **COUNT, default=500, help="also save every N steps, and every 10 minutes (500)")
 flag = FLAGS.add_argument_group("sampling").add_argument
 flag("--samples", **N, default=20, help="how many samples (20)")
 flag("--temperature", **X, default=0.5, help="1: the model's odds, 0: always the likeliest (0.5)")
@@ -1934,11 +1918,11 @@ flag = FLAGS.add_argument_group("engine").add_argument
 flag("--engine", choices=ENGINES, default="tensor", help="scalar: that of part one; vulkan: GPU (tensor)")
 flag("--vulkan", dest="engine", action="store_const", const="vulkan", help="short for --engine vulkan")
 flag("--workers", metavar="N", type=number(int, 1, 257), default=1, help="processes to share each batch (1)")
-flag("--autotune", action="store_true", help="find the fastest of the following, and print it as a command")
+flag("--autotune", action="store_true", help="find the fastest settings, and print them as a command")
 flag("--batch-sizes", **COUNTS, default=[1, 2, 4, 8, 16], help="sizes to try (1,2,4,8,16)")
-flag("--worker-counts", **COUNTS, default=CORES, help="to try (1,2,4 ... up to the cores)")
+flag("--worker-counts", **COUNTS, default=CORES, help="numbers of workers to try (1,2,4 ... up to the cores)")
 
-# A setting has a default. A run to resume has its own, and a command may have one; the last wins. Tomorrow:
+# Each setting has a default. A resumed run overrides it, and a flag on the command line overrides both:
 #
 #                default    saved today    given tomorrow     args
 #     steps      1000       50             100                100
@@ -1947,20 +1931,20 @@ flag("--worker-counts", **COUNTS, default=CORES, help="to try (1,2,4 ... up to t
 #     save                                                    run.safetensors, as nothing else is given
 
 def given_flags(argv):
-    """Return name -> value of the flags that a command line has, without defaults."""
+    """Return name -> value of the flags on a command line, without defaults."""
     nothing = dict.fromkeys(vars(FLAGS.parse_args([])))  # argparse gives defaults only to new names
     flags = vars(FLAGS.parse_args(argv, argparse.Namespace(**nothing)))
     return {name: value for name, value in flags.items() if value is not None}
 
 def parse_args(argv):
-    """Return the settings, the Run to resume (None: a new one), and the flags that the command line has."""
+    """Return the settings, the Run to resume (None: a new one), and the flags on the command line."""
     given = given_flags(argv)
     run = load(given["resume"]) if "resume" in given else None
     base = run.args if run else FLAGS.parse_args([])
-    args = argparse.Namespace(**{**vars(base), **given})  # of two values for a name, the later one wins
+    args = argparse.Namespace(**{**vars(base), **given})
     if needs_corpus(args, run, given):
         args.corpus = find_files(args.corpus or [default_corpus()])
-    if "div_warn" in given or "div_crit" in given:  # these need a validation
+    if "div_warn" in given or "div_crit" in given:  # both need validation
         refuse(run and not args.val_fraction, "the run to resume has no --val-fraction")
         args.val_fraction = args.val_fraction or 0.1
     if run and run.step < args.steps and args.save is None:
@@ -1977,9 +1961,9 @@ def default_corpus():
     folder = os.path.dirname(globals().get("__file__", ""))
     return "input.txt" if os.path.exists("input.txt") else os.path.join(folder, "input.txt")
 
-# You may resume a run for more samples, for more steps, or for steps on another corpus (fine-tuning), which
-# make a new run, in a new file. The matrices keep their sizes. More steps on the same corpus must hold out
-# the same names, so --seed and --val-fraction stay, too.
+# You may resume a run for more samples, for more steps, or to train on another corpus (fine-tuning), which
+# needs a new file. The matrices keep their sizes. More steps on the same corpus must hold out the same
+# documents, so --seed and --val-fraction stay, too.
 
 FIXED = "n_layer", "n_embd", "n_head", "block_size", "arch", "merges", "stream"
 
@@ -1999,21 +1983,19 @@ def resume(run, args, given, corpus):
     if args.seed != old.seed:
         run.rng.seed(args.seed)
     if args.optimizer != old.optimizer:
-        warn(f"note: {args.optimizer} starts anew, without the running means of {old.optimizer}")
+        warn(f"note: {args.optimizer} starts over, without the running means of {old.optimizer}")
         run.m, run.v = zeros(run.weights), zeros(run.weights)
 
 def is_another(old, corpus):
-    """Return whether a corpus is another text, not only the same one in another place."""
+    """Return whether a corpus has a different text, not just a different path."""
     return old is None or old.get("sha256") != corpus["sha256"]
 
 def same_file(a, b):
-    """Return whether two paths, or None, name one file."""
+    """Return whether two paths (or None) name the same file."""
     return bool(a and b) and os.path.realpath(a) == os.path.realpath(b)
 
-# Next, prepare gets the documents, as section 19 shows, and prints the first three lines that you see.
-
 def prepare(args, run, given):
-    """Return the Run, made if it is None, and what tokenize returns (nothing if no corpus is needed)."""
+    """Return the Run, a new one if it is None, and what tokenize returns (empty lists without a corpus)."""
     docs, held_out, corpus, rng = [], [], None, random.Random(args.seed)
     if needs_corpus(args, run, given):
         docs, corpus = load_corpus(args, rng)
@@ -2035,11 +2017,11 @@ def prepare(args, run, given):
     say(f"num params: {sum(len(row) for (row,) in rows_of(run.weights))}")
     return run, docs, held_out
 
-# Training may take hours, and may end early: a worker dies, the memory is full, or you press Ctrl-C, which
-# sets signals.caught. Then the steps made are saved. (Not after an Overflow: the last checkpoint is better.)
+# Training may take hours, and may end early: a worker dies, memory runs out, or you press Ctrl-C, which sets
+# signals.caught. Then the finished steps are saved. (Not after an Overflow: the last checkpoint is better.)
 
 def train_and_keep(run, docs, held_out, signals):
-    """Train, draw the plot, and save, even if training ends early."""
+    """Train and save. Draw the plot, however training ends."""
     args, first = run.args, run.step
     if args.trace:
         begin_trace(args.trace, run)
@@ -2061,7 +2043,6 @@ def train_and_keep(run, docs, held_out, signals):
         raise KeyboardInterrupt
 
 def show(run):
-    """Print the samples and what --explain asks for."""
     args = run.args
     title = f"--- inference (new, hallucinated {'text' if args.stream else 'names'}) ---"
     say(f"\n{title}" if args.samples else "")
@@ -2070,14 +2051,13 @@ def show(run):
     if args.explain is not None:
         ids = run.encode(args.explain) + run.boundary
         if len(ids) > args.block_size + 1:
-            warn(f"note: --explain shows what --context {args.block_size} can hold, and not the rest")
+            warn(f"note: --explain shows only as much of the text as --context {args.block_size} holds")
         explain(run, ids[: args.block_size + 1])
 
-# In a notebook, learn(["emma", "anna"], steps=500) does the same for a list of strings. It turns the settings
-# into words, so that they are checked like those of a command, and returns the Run (section 16).
+# In a notebook, learn(["emma", "anna"], steps=500) trains on a list of strings.
 
 def learn(docs, **settings):
-    """Return a Run, trained on a list of strings. Settings are flags by name: learn(docs, steps=500)."""
+    """Return a Run, trained on a list of strings. The settings are flags, and are checked in the same way."""
     require(not isinstance(docs, str), "learn needs a list of strings, not a string")
     require(not {"corpus", "resume"} & set(settings), "learn takes no corpus and no run to resume")
     args = FLAGS.parse_args(as_argv(settings))
@@ -2089,7 +2069,7 @@ def learn(docs, **settings):
     say("")  # ends the line of the last loss
     return run
 
-# That was a good day. All but main, at the end, is for bad days: skip it until you have one.
+# So far, nothing went wrong. The rest, except main at the end, is for errors: skip it until you meet one.
 #
 #     what happens                   what you read, after "microgpt: "                          raised by
 #     you type --heads 3             error: --heads 3 does not divide --d-model 16              check
@@ -2099,21 +2079,21 @@ def learn(docs, **settings):
 #     you press Ctrl-C in step 37    interrupted; step 37 is saved                              train_and_keep
 #     the disk is full               error: cannot save run.safetensors: No space left ...      replace_file
 #
-# All of these are exceptions, and end in report. It prints the line, and chooses the exit status, a number
-# for other programs: 0 means that all went well, 2 a mistake in the command, 1 any other error, and 128 + n
-# signal n. Ctrl-C is signal 2, and so gives 130.
+# Each of these is an exception that ends in report. It prints the line and returns the exit status, a number
+# for other programs: 0 means success, 2 a mistake in the command, 1 any other error, and 128 + n signal n.
+# Ctrl-C is signal 2, so the status is 130.
 #
-# Errors of files are UserErrors by now (see reporting, before section 9). So an OSError is about standard
-# output. After python microgpt.py | head -1, its reader has gone, and nobody wants to know more.
+# File errors have become UserErrors by then (by reporting, section 12). So an OSError is about standard
+# output. In python microgpt.py | head -1, head stops reading early, and report prints nothing.
 
 def report(error, run, caught):
-    """Say in a line why a command has ended early, and what is saved. Return the exit status."""
+    """Say in one line why a command ended early, and what is saved. Return the exit status."""
     message, status = f"error: {reason(error)}", getattr(error, "status", 1)
     if isinstance(error, KeyboardInterrupt):
         message, status = "interrupted", 128 + (caught or 2)
     elif isinstance(error, OSError):
         message = f"error: cannot write the output: {reason(error)}"
-        with suppress(OSError, ValueError):  # send the rest to nowhere, or Python tries again on exit
+        with suppress(OSError, ValueError):  # discard the rest, or Python tries to write it on exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return status
@@ -2122,10 +2102,8 @@ def report(error, run, caught):
     warn(message)
     return status
 
-# The first three are found before training: it is better to refuse now than after hours.
-
 def check(args):
-    """Refuse flags that do not go together, and files that cannot be written."""
+    """Before training, refuse flags that do not go together, and files that cannot be written."""
     heads, d, workers, size = args.n_head, args.n_embd, args.workers, args.batch_size
     refuse(d % heads, f"--heads {heads} does not divide --d-model {d}")
     refuse(workers > size, f"--workers {workers} is more than --batch-size {size}")
@@ -2133,8 +2111,8 @@ def check(args):
     refuse(weights > 10**9, "the model is too large")
     check_files(args)
 
-# No command may destroy a file of yours. A picture (--plot) replaces only a file that begins as a picture
-# does, and a trace one that begins as a trace does. A checkpoint replaces only its own earlier version.
+# No command may destroy an unrelated file. A picture (--plot) replaces only an empty file or a picture, and a
+# trace an empty file or a trace. A checkpoint replaces only its own earlier version.
 
 def check_files(args):
     """Refuse to use one file twice, and to replace what must be kept."""
@@ -2153,7 +2131,7 @@ def check_files(args):
         if is_taken(name, path, end):
             with reporting(f"cannot write {path}"), open(path, "rb") as file:
                 begin = file.read(len(start))
-            refuse(begin not in (b"", start), f"{path} holds something else")
+            refuse(begin not in (b"", start), f"--{name} would replace {path}, which holds something else")
 
 def is_taken(name, path, end=""):
     """Return whether there is a file at the path of a flag. Refuse a path where no file can be written."""
@@ -2168,11 +2146,8 @@ def is_taken(name, path, end=""):
         return True
     return False
 
-# These are about texts: the corpus, which may have changed since yesterday, and those of --prompt and
-# --explain.
-
 def compare_corpus(run, corpus, docs):
-    """Say in a line what is new to a run that goes on with these documents."""
+    """Print a note if these documents contain something new to the run."""
     notes, old = [], run.corpus or {"paths": ["an unknown text"], "documents": "?"}
     if is_another(run.corpus, corpus):
         then, now = [f"{', '.join(text['paths'])} ({text['documents']} documents)" for text in (old, corpus)]
@@ -2185,7 +2160,7 @@ def compare_corpus(run, corpus, docs):
         warn("note: " + "; ".join(notes))
 
 def check_lengths(args, docs, held_out):
-    """Refuse a corpus that is too short for the context, and say if documents will be cut."""
+    """Refuse an empty corpus, or a stream too short for the context. Say if documents will be cut."""
     require(docs, "the model knows none of these characters")
     size, longest = args.block_size, max(map(len, docs)) - 1  # without the last token, only a target
     if args.stream:
@@ -2204,13 +2179,13 @@ def check_texts(run, args):
         refuse(len(ids) < 2, "--explain needs at least two tokens")
 
 # When you press Ctrl-C, Python calls a function of ours, wherever the program is. In the middle of a step,
-# some weights have moved, and others have not. So in training, our function, catch, only takes a note:
+# some weights have moved, and others have not. So in training, our function, catch, only records the signal:
 #
 #     in step 37       catch sets caught = 2
 #     after step 37    train sees it, and saves the run
 #     then             train_and_keep raises KeyboardInterrupt, as Ctrl-C usually does at once
 #
-# Outside of training, or at a second signal, catch raises it at once.
+# Outside training, or at a second signal, catch raises KeyboardInterrupt at once.
 
 class Signals:
     """The signals that ask the program to stop. From start() to end(), each of them calls catch()."""
@@ -2219,7 +2194,7 @@ class Signals:
 
     def catch(self, number, frame):
         if self.caught and number not in (signal.SIGINT, signal.SIGTERM):
-            return  # a terminal that closes sends SIGHUP twice
+            return  # a terminal that closes may send SIGHUP twice
         at_once = self.caught or not self.training
         self.caught = number
         if at_once:
@@ -2234,16 +2209,15 @@ class Signals:
                     self.before[number] = signal.signal(number, self.catch)
 
     def end(self, ignore):
-        """Put back what was there before, or ignore all further signals."""
+        """Restore the earlier handlers, or ignore all further signals."""
         for number, handler in self.before.items():
             signal.signal(number, signal.SIG_IGN if ignore else handler)
 
-# Last comes main, where it begins. Python looks for unused objects that refer to each other in a circle, but
-# training makes none, so main turns that off. (PyPy has no other way to free memory.) In a notebook, the
-# process lives on, and must be left as it was.
+# The program begins in main. CPython searches for unused objects that refer to each other in a circle.
+# Training makes none, so main turns the search off. (PyPy has no other way to free memory.)
 
 def main(argv=(), ends=False):
-    """Run a command line, and return its exit status. Leave the process as it was, unless it ends now."""
+    """Run a command line, and return its exit status. Leave the process (such as a notebook) as it was."""
     collects, signals, status = gc.isenabled(), Signals(), 1
     if not PYPY:
         gc.disable()
@@ -2263,7 +2237,7 @@ if __name__ == "__main__":
         stream = getattr(sys, name) or open(os.devnull, "w")  # None: closed from the start
         setattr(sys, name, stream)
         if alone:
-            stream.reconfigure(errors="backslashreplace")  # a terminal may lack a character
+            stream.reconfigure(errors="backslashreplace")  # the terminal may be unable to show a character
     exit_status = main(sys.argv[1:] if "__file__" in globals() else (), ends=alone)  # a cell has no __file__
     if exit_status:
         sys.exit(exit_status)
