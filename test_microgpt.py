@@ -2309,6 +2309,15 @@ class TestTerminal(Test):
                 shown += more
         return shown.decode().replace("\r\n", "\n")
 
+    def test_the_rate_and_the_time_left_are_those_of_the_steps_made(self):
+        run, out = types.SimpleNamespace(step=5, args=types.SimpleNamespace(steps=26)), io.StringIO()
+        with contextlib.redirect_stdout(out), unittest.mock.patch.multiple(
+                microgpt, on_terminal=lambda: True, columns=lambda: 99, time=unittest.mock.Mock()):
+            microgpt.time.perf_counter.return_value = 15.0  # after steps 3 to 6, which began at 7.0
+            microgpt.show_progress(run, 2.5, 2, 7.0)
+        told = "step    6 /   26 | loss 2.5000 | 0.5 steps/s, 0:00:40 of 0:00:48 left"
+        self.assertEqual(out.getvalue().rstrip(), told)
+
     def test_a_terminal_shows_the_rate_and_what_ctrl_c_does(self):
         process, terminal = self.on_terminal("--steps 1000000", 100)
         shown = b""
