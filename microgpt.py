@@ -1045,12 +1045,14 @@ def multiply(x, z):
     return x.result("multiply", times(x.data, z.data), rule)
 
 # y = x (1 + t) / 2. Here t = tanh(u) climbs from -1 to 1, with the slope 1 - t^2, and u = c (x + k x^3) has
-# the slope c (1 + 3 k x^2). The product and chain rules give the slope of y.
+# the slope c (1 + 3 k x^2). The slope of t for x is the product of both, and that of y is half of 1 + t plus
+# x times the slope of t.
 def gelu_and_slope(x):
     """Return the GELU of x by the tanh formula (Hendrycks and Gimpel 2016), and the slope at x."""
     c, k = math.sqrt(2 / math.pi), 0.044715
     t = math.tanh(c * (x + k * x * x * x))
-    return x * (1 + t) / 2, (1 + t + x * (1 - t * t) * c * (1 + 3 * k * x * x)) / 2
+    slope = (1 - t * t) * c * (1 + 3 * k * x * x)  # of t
+    return x * (1 + t) / 2, (1 + t + x * slope) / 2
 
 def gelu(x):
     if isinstance(x, Matrix):
@@ -1069,12 +1071,10 @@ class GPT2(GPT):
         out = super().shapes()
         del out["lm_head"]
         linears = [name for name in out if name.startswith("layer")]
-        norms = ["ln_f"]
-        for i in range(self.n_layer):
-            norms += [f"layer{i}.ln1", f"layer{i}.ln2"]
+        norms = [f"layer{i}.{name}" for i in range(self.n_layer) for name in ("ln1", "ln2")]
         for name in linears:
             out[name + ".bias"] = (1, out[name][0])
-        for name in norms:
+        for name in ["ln_f", *norms]:  # ln: layer norm, f: final
             out[name] = out[name + ".bias"] = (1, self.n_embd)
         return out
 
@@ -1116,7 +1116,7 @@ MODELS = {"microgpt": GPT, "gpt2": GPT2}
 #
 # But each needs a learning rate of its own. The m of momentum is a sum, up to 1 / 0.15 = 6.7 times a
 # gradient, and SGD with 0.067 reaches 2.51, too. With 0.3, SGD reaches 2.49; at 1, it overflows. Adam is
-# less sensitive: 2.55 with 0.001, and 2.52 with 0.05. After six shared arguments come the settings.
+# less sensitive: 2.55 with 0.001, and 2.52 with 0.05.
 
 # w -= lr g: steps downhill along the gradient of a few documents (Robbins and Monro 1951)
 def sgd(weights, grads, m, v, step, lr):
@@ -1145,11 +1145,12 @@ def adamw(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8, weig
     fast_adam(weights, grads, m, v, step, lr, beta1, beta2, eps)
 
 OPTIMIZERS = {"sgd": sgd, "momentum": momentum, "rmsprop": rmsprop, "adam": fast_adam, "adamw": adamw}
+# The settings of an optimizer are its arguments after the six that all share.
 SETTINGS = {name: list(signature(optimizer).parameters)[6:] for name, optimizer in OPTIMIZERS.items()}
 
 # A schedule scales the learning rate as `done` goes from 0 to 1. With --warmup-steps, the rate rises first,
 # while the running means are rough: of 110 steps with 10 of warmup, the 5th has half of it, the 10th has all,
-# and the 61st half of it (linear or cosine). With --clip-grad, one odd batch cannot outweigh many others.
+# and the 61st half of it (linear or cosine).
 SCHEDULES = {"linear": lambda done: 1 - done, "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
              "constant": lambda done: 1}
 
@@ -1165,7 +1166,7 @@ def norm(grads):
     return math.sqrt(sum(sumprod(row, row) for (row,) in rows_of(grads)))
 
 def clip(grads, limit):
-    """Return the gradients, scaled down if their norm exceeds the limit."""
+    """Return the gradients, scaled down if their norm exceeds the limit: no odd batch may outweigh many."""
     scale = limit / max(norm(grads), limit)
     return {name: [[g * scale for g in row] for row in rows] for name, rows in grads.items()}
 
@@ -1203,7 +1204,7 @@ def continuation(model, w, ids, bos, rng, temperature=0.5, top_k=0, max_tokens=N
     unread, position = text[:], 0  # the ids to read next, and the position of the first
     for _ in range(size if max_tokens is None else max_tokens):
         if position + len(unread) > size:  # no position is left: start over with the last half context
-            unread, position, cache = text[-((size + 1) // 2) :], 0, model.new_cache()
+            unread, position, cache = text[-size // 2 :], 0, model.new_cache()
         logits = model.logits(w, unread, range(position, position + len(unread)), cache).data[-1]
         tape.clear()
         position += len(unread)
@@ -1216,10 +1217,11 @@ def continuation(model, w, ids, bos, rng, temperature=0.5, top_k=0, max_tokens=N
 
 # After the default run with --save FILE, you can ask a Run what it has learned:
 #
+#     from microgpt import load
 #     run = load(FILE)
 #     run.probabilities("em")["m"]    the probability that m comes after em, 0.038
 #     run.loss("emma")                the mean loss over its tokens, 2.511
-#     run.generate("em")              emma, or another name that begins with em
+#     run.generate("em")              emis, or another name that begins with em
 
 class Run:
     """A training run: its settings (args, from the flags of section 20), and all that it needs to go on."""
@@ -1301,7 +1303,7 @@ def write_safetensors(path, tensors, metadata):
         header[name] = {"dtype": "F64", "shape": shape, "data_offsets": [start, end]}
         numbers += [struct.pack(f"<{len(row)}d", *row) for row in rows]  # "<3d" packs three floats
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # spaces, up to a multiple of 8
+    text += b" " * (-len(text) % 8)  # spaces, up to a multiple of 8 (-13 % 8 is 3)
     replace_file(path, [len(text).to_bytes(8, "little"), text, *numbers])
 
 def replace_file(path, parts):
@@ -1359,7 +1361,7 @@ def read_safetensors(path):
 # The flags are words, so that the program can read files of earlier versions: a new flag gets its default.
 
 PROGRESS = "step", "recent", "losses", "validations", "corpus"  # what a Run knows of its steps so far
-TUNED = "autotune", "batch_sizes", "worker_counts"
+TUNED = "autotune", "batch_sizes", "worker_counts"  # only for --autotune
 THIS_TIME = "save", "resume", "plot", "trace", "explain", *TUNED  # flags that no later command inherits
 
 def as_argv(flags):
@@ -1368,7 +1370,7 @@ def as_argv(flags):
     for name, value in flags.items():
         word = "--" + name.replace("_", "-")
         for each in value if isinstance(value, list) else [value]:
-            if each is not None and each is not False:
+            if each is not None and each is not False:  # but 0 is a value
                 words.append(word if each is True else f"{word}={each}")
     return words
 
@@ -1447,6 +1449,17 @@ def load(path):
 
 def say(text): print(text, flush=True)  # at once, even to a file
 
+def on_terminal(): return sys.stdout is sys.__stdout__ and sys.stdout.isatty()  # IDLE's window is not one
+
+def visible(text):
+    """Return a text with its control characters escaped, since they could garble a terminal."""
+    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
+
+def warn(message):
+    if on_terminal():
+        print()  # keeps the progress line
+    print("microgpt: " + visible(message).replace("\n", "\\n"), file=sys.stderr, flush=True)
+
 def width(text):
     """Return how many columns of a terminal a text takes: Chinese characters take two, accents none."""
     shown = [char for char in text if not unicodedata.combining(char)]
@@ -1477,7 +1490,7 @@ def explain(run, ids):
         pair = f"{pad(names[token], wide)} {pad(names[target], wide)}"
         say(f"{pair} {p[target]:.3f} {loss:6.3f} {loss / bit:6.3f} {five}")
     mean = sum(losses) / len(losses)
-    say(f"{'mean':{2 * wide + 7}} {mean:6.3f} {mean / bit:6.3f}")
+    say(f"{pad('mean', 2 * wide + 7)} {mean:6.3f} {mean / bit:6.3f}")
     show_maps(layers, [names[i] for i in ids[:-1]], wide + 1)
 
 def show_maps(layers, names, wide):
@@ -1498,9 +1511,10 @@ text { fill: currentColor; font: 12px monospace } polyline { fill: none; stroke:
 .grid, .loss { stroke-opacity: 0.3 } .mean { color: #2f81f7 } .validation { color: #e0790b }</style>"""
 
 def round_ticks(low, high):
-    """Return at most eleven round numbers from low to high, 1, 2, or 5 times a power of ten apart."""
+    """Return at most eleven round numbers from low to high, 1, 2, or 5 times a power of ten apart. From 2.3
+    to 3.4, these are 2.4, 2.6, 2.8, 3.0, 3.2, 3.4."""
     power = 10.0 ** math.floor(math.log10(high - low))
-    gaps = power / 5, power / 2, power  # 2, 5, and 10 tenths of the power
+    gaps = power / 5, power / 2, power  # high - low is 1 to 10 powers
     gap = next(gap for gap in gaps if high - low <= 10 * gap)
     return [i * gap for i in range(math.ceil(low / gap), math.floor(high / gap) + 1)]
 
@@ -1624,6 +1638,7 @@ def tokenize(run, docs, held_out):
     """Return lists of ids: documents to train on, and at most 128, cut at the context, to validate on. Leave
     out documents that have only unknown characters."""
     edge, size = run.boundary, run.model.block_size
+    # merge returns strings of chr(id), as section 11 uses them.
     def convert(texts): return [[*edge, *map(ord, doc), *edge] for doc in run.tokenizer.merge(texts) if doc]
     docs, held_out = convert(docs), convert(held_out)
     if run.args.stream:
@@ -1726,7 +1741,6 @@ def compare_losses(run, training, validation):
 #
 #     step 1000 / 2000 | loss 2.4885 | 311 steps/s, 0:00:03 of 0:00:06 left
 
-def on_terminal(): return sys.stdout is sys.__stdout__ and sys.stdout.isatty()  # IDLE's window is not one
 def columns(): return (shutil.get_terminal_size().columns or 80) - 1
 
 def duration(seconds):
@@ -1741,15 +1755,6 @@ def show_progress(run, loss, first, begin):
         left, whole = duration(seconds * (steps - step)), duration(seconds * (steps - first))
         text = f"{text} | {1 / seconds:.3g} steps/s, {left} of {whole} left"[: columns()].ljust(columns())
     print(text, end="\n" if "idlelib" in sys.modules else "\r", flush=True)  # IDLE has no \r
-
-def visible(text):
-    """Return a text with its control characters escaped, since they could garble a terminal."""
-    return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
-
-def warn(message):
-    if on_terminal():
-        print()  # keeps the progress line
-    print("microgpt: " + visible(message).replace("\n", "\\n"), file=sys.stderr, flush=True)
 
 # --autotune times settings, three steps each after one to warm up. It saves nothing. A larger batch gives a
 # worker or a GPU more to do at a time.
@@ -1787,6 +1792,7 @@ def autotune(run, docs, given):
     require(rates, "none of these settings works")
     best = dict(zip(("batch_size", "workers", "engine"), max(rates, key=rates.get)))
     flags = {name: value for name, value in {**given, **best}.items() if name not in TUNED}
+    # shlex.join adds quotes where a shell needs them.
     say(shlex.join([os.path.basename(sys.executable), sys.argv[0], *as_argv(flags)]))
 
 # 20. The command line -------------------------------------------------------------------------------------
@@ -1808,7 +1814,7 @@ def autotune(run, docs, given):
 #     show              samples               kn, kaoa, kela, ...         qssli, benil, qelli, ...
 
 def execute(argv, signals):
-    """Do what a command line asks for, and return the exit status."""
+    """Do what a command line asks for, and return the exit status, 0 for success. (Class Signals: below.)"""
     run = None
     try:
         args, run, given = parse_args(argv)
@@ -1840,7 +1846,7 @@ class Parser(argparse.ArgumentParser):
             message += " (if it begins with -, write --flag=VALUE)"
         raise UsageError(message + "; see --help")
 
-    def print_help(self, file=None):  # flushed, so that report hears of a full disk
+    def print_help(self, file=None):  # flush: if the disk is full, raise the error here
         print(self.format_help(), end="", flush=True)
 
 # Each flag has a type, a function that turns a text into a value or refuses it. The type number(int, 1)
@@ -1930,18 +1936,20 @@ flag("--worker-counts", **COUNTS, default=CORES, help="numbers of workers to try
 #     resume                               run.safetensors    run.safetensors
 #     save                                                    run.safetensors, as nothing else is given
 
+DEFAULTS = vars(FLAGS.parse_args([]))
+
 def given_flags(argv):
     """Return name -> value of the flags on a command line, without defaults."""
-    nothing = dict.fromkeys(vars(FLAGS.parse_args([])))  # argparse gives defaults only to new names
-    flags = vars(FLAGS.parse_args(argv, argparse.Namespace(**nothing)))
-    return {name: value for name, value in flags.items() if value is not None}
+    flags = argparse.Namespace(**dict.fromkeys(DEFAULTS))  # all None; argparse leaves what is there already
+    FLAGS.parse_args(argv, flags)
+    return {name: value for name, value in vars(flags).items() if value is not None}
 
 def parse_args(argv):
     """Return the settings, the Run to resume (None: a new one), and the flags on the command line."""
     given = given_flags(argv)
     run = load(given["resume"]) if "resume" in given else None
-    base = run.args if run else FLAGS.parse_args([])
-    args = argparse.Namespace(**{**vars(base), **given})
+    saved = vars(run.args) if run else {}
+    args = argparse.Namespace(**{**DEFAULTS, **saved, **given})
     if needs_corpus(args, run, given):
         args.corpus = find_files(args.corpus or [default_corpus()])
     if "div_warn" in given or "div_crit" in given:  # both need validation
@@ -2006,7 +2014,8 @@ def prepare(args, run, given):
         say(f"num docs: {len(docs)}")
         if run:
             compare_corpus(run, corpus, docs + held_out)
-        run = run or new_run(args, docs, held_out, rng)
+        else:
+            run = new_run(args, docs, held_out, rng)
         run.corpus = corpus
         docs, held_out = tokenize(run, docs, held_out)
         if run.tokenizer.merges:
@@ -2060,6 +2069,8 @@ def learn(docs, **settings):
     """Return a Run, trained on a list of strings. The settings are flags, and are checked in the same way."""
     require(not isinstance(docs, str), "learn needs a list of strings, not a string")
     require(not {"corpus", "resume"} & set(settings), "learn takes no corpus and no run to resume")
+    if "div_warn" in settings or "div_crit" in settings:  # as in parse_args
+        settings.setdefault("val_fraction", 0.1)
     args = FLAGS.parse_args(as_argv(settings))
     check(args)
     docs = ["\n".join(docs)] if args.stream else list(docs)
@@ -2124,8 +2135,8 @@ def check_files(args):
         with reporting(f"cannot write {args.save}"), open(args.save, "rb") as file:
             metadata, _ = read_header(file)
             require("step" in metadata, "it was not saved by this program")
-        refuse(True, f"{args.save} holds a run of {metadata['step']} steps: "
-                     f"go on with --resume {args.save}, or save under another name")
+        raise UsageError(f"{args.save} holds a run of {metadata['step']} steps: "
+                         f"go on with --resume {args.save}, or save under another name")
     for name, end, start in ("plot", ".svg", b"<svg"), ("trace", ".jsonl", b'{"flags"'):
         path = getattr(args, name)
         if is_taken(name, path, end):
@@ -2139,9 +2150,10 @@ def is_taken(name, path, end=""):
         return False
     target = os.path.realpath(path)
     good = path and path.endswith(end) and os.access(os.path.dirname(target), os.W_OK)
-    refuse(not good, f"--{name} needs a file{f' *{end}' if end else ''} in a writable folder, not {path!r}")
+    wanted = f"a file *{end}" if end else "a file"
+    refuse(not good, f"--{name} needs {wanted} in a writable folder, not {path!r}")
     with reporting(f"cannot write {path}"), suppress(FileNotFoundError):
-        os.stat(target)  # any other error is a reason to refuse, such as a name that is too long
+        os.stat(target)  # unlike os.path.exists, it refuses a name that is too long
         require(os.path.isfile(target), "it is not a file")
         return True
     return False
@@ -2217,7 +2229,8 @@ class Signals:
 # Training makes none, so main turns the search off. (PyPy has no other way to free memory.)
 
 def main(argv=(), ends=False):
-    """Run a command line, and return its exit status. Leave the process (such as a notebook) as it was."""
+    """Run a command line, and return its exit status. Leave the process (such as a notebook) as it was,
+    unless it ends now (ends)."""
     collects, signals, status = gc.isenabled(), Signals(), 1
     if not PYPY:
         gc.disable()
