@@ -519,7 +519,7 @@ class Tensor:
     """A matrix: rows of floats in data, and its gradient, of the same shape, in grad. A loss is one float."""
     def __init__(self, data, name=None, rule=None):
         self.data, self.name, self.rule = data, name, rule  # name: of the operation, for section 18
-        self.received = None  # the sum of the gradients that have come in so far
+        self.received = None  # the sum of the gradients that have come in so far; None: all are zeros
         if rule:
             tape.append(self)
 
@@ -536,21 +536,20 @@ class Tensor:
         """Add grad to the gradient. Make new rows, since other matrices may share the old ones."""
         self.received = grad if self.received is None else add_rows(self.received, grad)
 
-    @property  # if nothing has come in, the loss does not depend on this matrix: the gradient is zeros
+    @property
     def grad(self):
         return [[0.0] * len(row) for row in self.data] if self.received is None else self.received
-
-    @grad.setter
+    @grad.setter  # for backward
     def grad(self, grad): self.received = grad
 
     @staticmethod
-    def matmul(rows, columns, where=None):  # where: see section 10
+    def matmul(rows, columns, mask=None):  # mask: see section 10
         """Return the product of two matrices, the first given by its rows and the second by its columns."""
         return [[sumprod(row, column) for column in columns] for row in rows]
 
     @classmethod
     def matmuls(cls, many_rows, many_columns):
-        """Return the products of many pairs of matrices."""
+        """Return the products of many pairs of matrices. (Section 12 needs them in one call.)"""
         return list(map(cls.matmul, many_rows, many_columns))
 
     # Each row of y is a copy of a row of weights, whose gradient is the sum of the rows of g at its copies.
@@ -579,10 +578,11 @@ class Tensor:
             w.receive(self.matmul(transpose(g), transpose(self.data)))
         return self.result("linear", self.matmul(self.data, w.data), rule)
 
-    # y = s x, where s = M^-0.5 and M is the mean square. x[i] acts on y in two ways. It is a factor of y[i],
-    # with slope s. And it moves M (slope 2 x[i] / n), M moves s (slope -M^-1.5 / 2 = -s^3 / 2), and s moves
-    # every y[j] (slope x[j]). Along this path, the slope is -s^3 x[i] x[j] / n = -s y[i] y[j] / n. Multiply
-    # by g[j], add up over j, and add s g[i]: dx[i] = s (g[i] - y[i] (y.g) / n), where y.g is the dot product.
+    # y = s x, where s = M^-0.5 and M is the mean square + 1e-5. x[i] acts on y in two ways. It is a factor of
+    # y[i], with slope s. And it moves M (slope 2 x[i] / n), M moves s (slope -M^-1.5 / 2 = -s^3 / 2), and s
+    # moves every y[j] (slope x[j]). Along this path, the slope is -s^3 x[i] x[j] / n = -s y[i] y[j] / n.
+    # Multiply by g[j], add up over j, and add s g[i]: dx[i] = s (g[i] - y[i] (y.g) / n), where y.g is the dot
+    # product.
     def rmsnorm(self):
         scales = [(sumprod(row, row) / len(row) + 1e-5) ** -0.5 for row in self.data]
         y = [[a * scale for a in row] for row, scale in zip(self.data, scales)]
@@ -601,17 +601,17 @@ class Tensor:
             self.receive(Sparse(dx))
         return self.result("relu", Sparse([[a if a > 0 else 0.0 for a in row] for row in self.data]), rule)
 
-    # For one head of one document of n rows, Q (the queries / sqrt(size)), K, V, Y, and g are n x size, and S
-    # and P are n x n:
+    # For one head of one document of n rows, Q (the queries / sqrt(size), in place of the scores), K, V, Y,
+    # and g are n x size, and S and P are n x n:
     #
     #     S = Q K^T    P = softmax of each row of S    Y = P V
     #
-    # Y = P V is X W^T with P for X and V^T for W. So dX = g W becomes dP = g V^T, and dW = g^T X becomes
-    # (dV)^T = g^T P, or dV = P^T g, since transposing a product swaps its factors. For the softmax, raising
-    # s[i] by a small h multiplies e^s[i] by 1 + h, and the sum by 1 + h p[i]. So p[i] gains h p[i], and every
-    # p[j], including p[i], loses h p[i] p[j]. Times dp, added up, and divided by h, ds[i] = p[i] (dp[i] - sum
-    # of p[j] dp[j]). Then dQ = dS K and dK = dS^T Q, as in linear, and the queries get dQ / sqrt(size). The
-    # rule assumes an empty cache, as in training.
+    # In Y = P V, V is what W^T is in Y = X W^T. So dX = g W becomes dP = g V^T, and dW = g^T X becomes
+    # (dV)^T = g^T P, or dV = P^T g, as (A B)^T = B^T A^T. For the softmax, raise s[i] by a small h. This
+    # multiplies e^s[i] by about 1 + h, and the sum by 1 + h p[i]. So p[i] gains h p[i], and every p[j],
+    # including p[i], loses h p[i] p[j]. A change of p[j] changes the loss by dp[j] times as much. Added up
+    # and divided by h: ds[i] = p[i] (dp[i] - p.dp). Then dQ = dS K and dK = dS^T Q, as in linear, and the
+    # queries get dQ / sqrt(size). The rule assumes an empty cache, as in training.
     @staticmethod
     def softmax(s):
         """Return P from S. Each row gives 0 to the rows after it, which it must not see."""
@@ -632,7 +632,7 @@ class Tensor:
         queries, keys, values = [], [], []  # the rows of each document
         for span in documents:
             cache += zip(k.data[span], v.data[span])
-            seen = cache[-1 - positions[span.stop - 1] :]  # all that its last row sees, from any call
+            seen = cache[-1 - positions[span][-1] :]  # all that its last row sees, from any call
             queries.append([[a / root for a in row] for row in self.data[span]])  # Q
             keys.append([key for key, _ in seen])
             values.append([value for _, value in seen])
@@ -670,7 +670,7 @@ class Tensor:
         return self.result("cross_entropy", loss / len(targets), rule)
 
 # 10. Faster products --------------------------------------------------------------------------------------
-# Most of the time goes to dot products, and most of that to the interpreter's loop, not to arithmetic. Two
+# Most of the time goes to dot products, and most of that to the interpreter's loop, not to arithmetic. Three
 # tricks help. First, we write the loop out: for vectors of length 3, we let Python compile this function,
 # once. (The comma before "in" is for length 1.)
 #
@@ -683,14 +683,17 @@ class Tensor:
 #             out.append(row)
 #         return out
 #
-# Second, in a trained model, relu makes six numbers out of seven 0, and products with its result skip them.
-# The gradient that relu passes back is 0 in the same places. So for these places, the rule of the linear with
-# mlp_fc2 need not compute dX: that is what `where` is for.
+# Second, in a trained model, relu makes six numbers out of seven 0, and in the same places, the gradient that
+# it passes back is 0. Products with either skip the zeros.
+#
+# Third, in these places, relu passes back 0, whatever it receives. So the next linear need not compute its dX
+# there. It hands X to matmul as a mask, and where the mask is 0, the product stays 0.
 #
 # Written out, a step is 1.5 times as fast on CPython 3.11 and on PyPy, a Python with a compiler of its own,
-# but only 1.1 times on Python 3.12, whose math.sumprod is a fast loop. Skipping adds 1.05 times with 16
-# channels, 1.3 times with 64, and nothing on PyPy. To try it all, pass FastTensor as the last argument of
-# loss_and_grads in section 8, and call fast_adam there: the minute becomes four seconds.
+# but only 1.1 times on Python 3.12, whose math.sumprod is a fast loop. On CPython 3.11, skipping adds 1.15
+# times with 16 channels and 1.33 with 64, the mask 1.04 and 1.12; on PyPy, neither gains. To try it all, pass
+# FastTensor as the last argument of loss_and_grads in section 8, and call fast_adam there, which adds 1.1
+# times: the minute becomes four seconds.
 
 PYPY = sys.implementation.name == "pypy"
 LONGEST = 256 if PYPY else 15 if hasattr(math, "sumprod") else 64  # for longer vectors, a loop is as fast
@@ -722,23 +725,23 @@ def sparse_product(rows, columns):
         out += products(len(numbers))([numbers], kept) if numbers else [[0.0] * len(columns)]
     return out
 
-def masked_product(rows, columns, where):
-    """Return the product, but 0 in the places where `where` has 0."""
+def masked_product(rows, columns, mask):
+    """Return the product, but 0 where the mask is 0."""
     out, product = [], products(len(rows[0]))
-    for row, mask in zip(rows, where):
-        numbers = iter(product([row], [*compress(columns, mask)])[0])  # one for each place without a 0
-        out.append([next(numbers) if a else 0.0 for a in mask])
+    for row, mask_row in zip(rows, mask):
+        numbers = iter(product([row], [*compress(columns, mask_row)])[0])  # one for each place without a 0
+        out.append([next(numbers) if a else 0.0 for a in mask_row])
     return out
 
 class FastTensor(Tensor):
     """The engine `tensor`: a Tensor with faster products."""
     @staticmethod
-    def matmul(rows, columns, where=None):
-        """Return the product, as Tensor.matmul does. Where a Sparse `where` has 0, it may be 0 instead."""
+    def matmul(rows, columns, mask=None):
+        """Return the product, as Tensor.matmul does. Where a Sparse mask is 0, it may be 0 instead."""
         if PYPY:
             return products(len(rows[0]))(rows, columns)
-        if isinstance(where, Sparse):  # mlp_fc2: dX
-            return masked_product(rows, columns, where)
+        if isinstance(mask, Sparse):  # mlp_fc2: dX
+            return masked_product(rows, columns, mask)
         if isinstance(rows, Sparse):  # mlp_fc2: Y. mlp_fc1: dX and dW
             return sparse_product(rows, columns)
         if isinstance(columns, Sparse):  # mlp_fc2: dW. A B is the transpose of B^T A^T.
@@ -766,10 +769,10 @@ def fast_adam(weights, grads, m, v, step, lr, beta1=0.85, beta2=0.99, eps=1e-8):
 # 11. Subwords ---------------------------------------------------------------------------------------------
 # Characters are few, and each says little. Byte-pair encoding (Gage 1994; Sennrich et al. 2016) makes longer
 # tokens: the pair of neighbors that occurs most often becomes a token of its own, again and again. In
-# "banana", the pairs are ba (once), an (twice), and na (twice). On a tie, the smaller pair wins, here an, and
-# the text becomes b [an] [an] a, in which no pair occurs twice. The first merges of input.txt are an, ar, in,
-# en, and er; after 20, emma is e m ma. So that Python's own replace() can merge a pair, from left to right,
-# documents are strings of chr(id) here, and a pair is a string of two.
+# "banana", the pairs are ba (once), an (twice), and na (twice). On a tie, the pair with the smaller ids wins,
+# here an, and the text becomes b [an] [an] a, in which no pair occurs twice. The first merges of input.txt
+# are an, ar, in, en, and er; after 20, emma is e m ma. Here, a document is a string of chr(id), and a pair is
+# a string of two, so Python's own replace() can merge it, from left to right.
 
 def learn_merges_slowly(docs, n, first_id):
     """Return n merges, (left id, right id), or fewer if no pair occurs twice. New ids begin at first_id."""
@@ -804,8 +807,8 @@ def learn_merges(docs, n, first_id):
     heap = [(-count, pair) for pair, count in counts.items() if count > 1]
     heapify(heap)
     while heap and len(merges) < n:
-        count, pair = heappop(heap)
-        if -count != counts[pair]:
+        minus_count, pair = heappop(heap)
+        if -minus_count != counts[pair]:
             if counts[pair] > 1:
                 heappush(heap, (-counts[pair], pair))
             continue
@@ -829,14 +832,6 @@ def learn_merges(docs, n, first_id):
         counts[pair] = 0  # in aaa, the pair aa was counted twice, though only one could be replaced
     return merges
 
-class UserError(RuntimeError):
-    """A problem that the user can fix, reported in one line."""
-
-def require(condition, what, error=UserError):
-    """Raise an error that says what is wrong, unless the condition holds."""
-    if not condition:
-        raise error(what)
-
 class BPETokenizer(CharTokenizer):
     """A CharTokenizer with one more token for each merge. BOS stays the last id. To make one with 20 merges:
         chars = BPETokenizer(docs)
@@ -858,7 +853,7 @@ class BPETokenizer(CharTokenizer):
         return text.split(BETWEEN) if docs else []
 
     def encode(self, text):
-        """Return the ids of a text. Raise UserError for a character that no document has."""
+        """Return the ids of a text. Raise UserError (section 12) for a character that no document has."""
         unknown = [f"{char!r} (U+{ord(char):04X})" for char in sorted(set(text).difference(self.ids))]
         require(not unknown, "the model was trained without " + ", ".join(unknown))
         return list(map(ord, self.merge([text])[0]))
@@ -873,10 +868,18 @@ class BPETokenizer(CharTokenizer):
 #
 # With m = k = n = 26, both take 0.35 ms; with 128, Python takes 42 ms and the GPU 1.6. A trip costs as much
 # for many products as for one, so all documents and heads share a trip. The engine `vulkan`, named after an
-# interface to the GPUs of most makers, sends the products that become faster through a second file,
-# vulkan_gemm.py, which measures these costs at the start.
+# interface to the GPUs of most makers, needs a second file, vulkan_gemm.py. It measures these costs at the
+# start, and sends only products that the GPU makes faster.
 
-# A file may be missing, and so may a GPU. These two helpers turn any error into one line that says so.
+# A file may be missing, and so may a GPU. These helpers turn any error into one line that says so.
+
+class UserError(RuntimeError):
+    """A problem that the user can fix, reported in one line."""
+
+def require(condition, what, error=UserError):
+    """Raise an error that says what is wrong, unless the condition holds."""
+    if not condition:
+        raise error(what)
 
 def reason(error):
     """Return what to say about an error. An OSError has a strerror; a MemoryError has no text."""
@@ -886,7 +889,7 @@ def reason(error):
 def reporting(what):
     """Turn any error into a UserError that says what cannot be done, and why."""
     try:
-        yield
+        yield  # here the body of the with statement runs
     except Exception as error:
         raise UserError(f"{what}: {reason(error)}") from None
 
@@ -900,9 +903,9 @@ def gpu_matmuls():
     return offload(gpu, FastTensor.matmuls)  # for each call, the faster of the two
 
 class VulkanTensor(FastTensor):
-    """The engine `vulkan`: a FastTensor with its large products on the GPU, which skips nothing."""
+    """The engine `vulkan`: a FastTensor with its large products on the GPU."""
     @classmethod
-    def matmul(cls, rows, columns, where=None): return cls.matmuls([rows], [columns])[0]
+    def matmul(cls, rows, columns, mask=None): return cls.matmuls([rows], [columns])[0]
     @classmethod
     def matmuls(cls, many_rows, many_columns): return gpu_matmuls()(list(many_rows), list(many_columns))
 
@@ -917,30 +920,32 @@ ENGINES = {"scalar": Matrix, "tensor": FastTensor, "vulkan": VulkanTensor}
 # unsafe or missing, as a new Python that imports this file. If this process ends, the pipes close, and the
 # workers end, too.
 
-# These signals ask a program to stop. No system has all of them.
+# Ctrl-C and other signals ask a program to stop, and may reach the workers, too. Workers ignore them, so that
+# this process can finish its step. (No system has all of these signals.)
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK", "SIGXCPU")
          if hasattr(signal, name)]
 
 @contextmanager
 def signals_wait(context):
-    """Hold signals back until the workers can ignore them. (Windows cannot.)"""
-    mask = getattr(signal, "pthread_sigmask", None)
-    if mask and context.get_start_method() != "fork":
-        from multiprocessing import resource_tracker
+    """Hold signals back until the workers can ignore them."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    if context.get_start_method() == "spawn":
+        from multiprocessing import resource_tracker  # a helper process of spawn
         resource_tracker.ensure_running()  # its start would let signals through again
-    before = mask and mask(signal.SIG_BLOCK, STOPS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
     finally:
-        if mask:
-            mask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 def work(pipe, parent_ends, engine):
     """Answer each (model, weights, batch) from the pipe with its loss and gradients, or with an error."""
     for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)  # only the parent handles signals, after the step
+        signal.signal(number, signal.SIG_IGN)  # only the parent handles signals
     for end in parent_ends:
-        end.close()  # copies, made by fork: while one is open, recv does not notice that the parent has ended
+        end.close()  # fork copied them: while a copy is open, recv waits on after the parent has ended
     with suppress(EOFError, OSError):  # the parent has ended
         while True:
             model, weights, batch = pipe.recv()
@@ -965,9 +970,9 @@ class Workers:
                 for _ in range(n):
                     here, there = context.Pipe()
                     self.pipes.append(here)
-                    copied = self.pipes if context.get_start_method() == "fork" else []
-                    process = context.Process(target=work, args=(there, copied, engine), daemon=True)
-                    process.start()
+                    parent_ends = self.pipes if context.get_start_method() == "fork" else []
+                    process = context.Process(target=work, args=(there, parent_ends, engine), daemon=True)
+                    process.start()  # daemon: Python does not wait for it at the end
                     self.processes.append(process)
                     there.close()
         except BaseException:
@@ -997,7 +1002,7 @@ class Workers:
         return loss, grads
 
     def stop(self):
-        """End all workers. They hold nothing that could be lost."""
+        """End all workers."""
         for pipe in self.pipes:
             pipe.close()
         for process in self.processes:
