@@ -927,7 +927,7 @@ STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGB
 
 @contextmanager
 def signals_wait(context):
-    """Hold signals back until the workers can ignore them."""
+    """Block signals while workers start. The workers inherit the block, so no signal can stop them."""
     if not hasattr(signal, "pthread_sigmask"):  # on Windows
         yield
         return
@@ -945,7 +945,7 @@ def work(pipe, parent_ends, engine):
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)  # only the parent handles signals
     for end in parent_ends:
-        end.close()  # fork copied them: while a copy is open, recv waits on after the parent has ended
+        end.close()  # fork copied them; recv fails, and so this worker ends, only when all copies are closed
     with suppress(EOFError, OSError):  # the parent has ended
         while True:
             model, weights, batch = pipe.recv()
@@ -1027,7 +1027,8 @@ from itertools import product, takewhile
 #     a norm at the end        It replaces the first norm. The logits have the same scale at any depth.
 #     wte serves as lm_head    Both have a row for each token. wte gets the gradients of both uses.
 #     small weights            Their first standard deviation is 0.02, not 0.08. For attn_wo and mlp_fc2,
-#                              whose 2 n_layer results add up in x, it is 0.02 / sqrt(2 n_layer).
+#                              whose 2 n_layer results add up in x, it is 0.02 / sqrt(2 n_layer). (OpenAI's
+#                              code has 0.01 for wpe.)
 #
 # Dropout, which sets random channels to 0 in training, is left out. A gain or a bias is a matrix with one
 # row, which embed() repeats.
@@ -1552,13 +1553,15 @@ def loss_plot(losses, validations):
 
 def begin_trace(path, run):
     """Write the first line of a trace. For a resumed run, keep only the lines up to its step."""
-    kept = []
+    kept, facts = [], {**facts_of(run), "bos": run.tokenizer.bos, "weights": run.weights}
     with reporting(f"cannot write {path}"):
         if run.step and os.path.exists(path):
             with open(path, "rb") as file:
                 lines = [line for line in file if line.endswith(b"\n")]  # the last one may be cut off
+            first = json.loads(lines[0]) if lines else facts
+            same = [first.get(name) == facts[name] for name in ("characters", "config")]
+            require(all(same), "it is the trace of another run")
             kept = list(takewhile(lambda line: json.loads(line)["step"] <= run.step, lines))
-        facts = {**facts_of(run), "bos": run.tokenizer.bos, "weights": run.weights}
         replace_file(path, kept or [json.dumps(facts).encode() + b"\n"])
 
 def write_trace(path, run, batch, loss, grads):
@@ -2096,7 +2099,7 @@ def learn(docs, **settings):
 #     the disk is full               error: cannot save run.safetensors: No space left ...      replace_file
 #
 # Each of these is an exception that ends in report. It prints the line and returns the exit status, a number
-# for other programs: 0 means success, 2 a mistake in the command, 1 any other error, and 128 + n signal n.
+# for other programs: 0 means success, 2 flags that are refused, 1 any other error, and 128 + n signal n.
 # Ctrl-C is signal 2, so the status is 130.
 #
 # File errors have become UserErrors by then (by reporting, section 12). So an OSError is about standard
@@ -2109,7 +2112,8 @@ def report(error, run, caught):
         message, status = "interrupted", 128 + (caught or 2)
     elif isinstance(error, OSError):
         message = f"error: cannot write the output: {reason(error)}"
-        with suppress(OSError, ValueError):  # discard the rest, or Python tries to write it on exit
+        # On exit, Python tries again to write what is left. Let it go to the null device instead.
+        with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return status
@@ -2157,11 +2161,13 @@ def is_taken(name, path, end=""):
     good = path and path.endswith(end) and os.access(os.path.dirname(target), os.W_OK)
     wanted = f"a file *{end}" if end else "a file"
     refuse(not good, f"--{name} needs {wanted} in a writable folder, not {path!r}")
-    with reporting(f"cannot write {path}"), suppress(FileNotFoundError):
-        os.stat(target)  # unlike os.path.exists, it refuses a name that is too long
+    with reporting(f"cannot write {path}"):
+        try:
+            os.stat(target)  # unlike os.path.exists, it refuses a name that is too long
+        except FileNotFoundError:
+            return False
         require(os.path.isfile(target), "it is not a file")
-        return True
-    return False
+    return True
 
 def compare_corpus(run, corpus, docs):
     """Print a note if these documents contain something new to the run."""
@@ -2244,7 +2250,8 @@ def main(argv=(), ends=False):
         status = execute(argv, signals)
         return status
     finally:
-        signals.end(ignore=ends and status)  # a Ctrl-C after an error must not print a traceback
+        # If the process is about to end with an error, a late Ctrl-C must not print a traceback.
+        signals.end(ignore=ends and status)
         tape.clear()
         if collects:
             gc.enable()

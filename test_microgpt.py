@@ -1765,6 +1765,13 @@ class TestTrace(Test):
             got = self.content("run.jsonl").splitlines(True)
             self.assertEqual((got[0] if before else begin, b"".join(got[1:])), (begin, after), before)
 
+    def test_the_trace_of_another_run_stays_as_it_is(self):
+        self.printed("--steps 2 --samples 0 --save run")
+        self.printed("--steps 4 --layers 2 --samples 0 --trace run.jsonl")
+        before = self.content("run.jsonl")
+        self.assertRefused(1, "run.jsonl: it is the trace of another", "--resume run --steps 3 --trace run.jsonl")
+        self.assertEqual(self.content("run.jsonl"), before)
+
     def test_each_line_is_there_when_its_step_is_done(self):
         process = self.start_run("--trace run.jsonl", "step +20 ")
         process.kill()
