@@ -1285,8 +1285,9 @@ class Run:
 
     def save(self, path=None):
         """Write a checkpoint, by default to the file of --save. (Section 17 tells how.)"""
-        if path or self.args.save:
-            save_run(self, path or self.args.save)
+        path = path or self.args.save
+        require(path, "save needs a path, since this run has no --save")
+        save_run(self, path)
 
 # 17. Checkpoints ------------------------------------------------------------------------------------------
 # A run is kept in one .safetensors file, which other programs can open and which, unlike Python's pickle,
@@ -1614,10 +1615,14 @@ def load_corpus(args, rng):
     docs = [text]
     if not args.stream:
         docs = [line.strip() for line in text.split("\n") if line.strip()]
-    digest = hashlib.sha256("\n".join(docs).encode()).hexdigest()
-    facts = {"paths": args.corpus, "documents": len(docs), "sha256": digest}
+    facts = facts_about(docs, args.corpus)
     rng.shuffle(docs)
     return docs, facts
+
+def facts_about(docs, paths):
+    """Return what a Run keeps of its corpus, so that it knows the corpus again."""
+    digest = hashlib.sha256("\n".join(docs).encode()).hexdigest()
+    return {"paths": paths, "documents": len(docs), "sha256": digest}
 
 def split(docs, args):
     """Return the documents (or the one text of a stream) to train on, and those to hold out: the last ones,
@@ -1652,7 +1657,8 @@ def tokenize(run, docs, held_out):
     if run.args.stream:
         held_out = [text[i : i + size + 1] for text in held_out for i in range(0, len(text) - 1, size)]
     check_lengths(run.args, docs, held_out)  # section 20
-    return docs, [doc[: size + 1] for doc in held_out[:: len(held_out) // 128 + 1]]
+    every = max(1, math.ceil(len(held_out) / 128))
+    return docs, [doc[: size + 1] for doc in held_out[::every]]
 
 # A step takes the next documents, computes the loss and the gradients, and lets the optimizer move the
 # weights. With --batch-size 4, step 1 takes documents 0 to 3, step 2 takes 4 to 7, and so on, over and over.
@@ -1677,7 +1683,7 @@ def update(run, grads):
     OPTIMIZERS[args.optimizer](run.weights, grads, run.m, run.v, run.step, lr, **settings)
 
 def train(run, docs, held_out, workers, signals):
-    """Make the steps that are left, or stop at a signal (signals.caught, section 20). Then save."""
+    """Make the steps that are left, or stop at a signal (signals.caught, section 20). Save if asked to."""
     args, first, begin = run.args, run.step, time.perf_counter()
     while run.step < args.steps and not signals.caught:
         batch = next_batch(run, docs, args.batch_size)
@@ -1689,7 +1695,8 @@ def train(run, docs, held_out, workers, signals):
         update(run, grads)
         run.step += 1
         after_step(run, held_out, loss)
-    run.save()
+    if args.save:
+        run.save()
 
 def sample_of(run, rng):
     """Return a sample, made as the flags ask and safe to print."""
@@ -1707,7 +1714,8 @@ def after_step(run, held_out, loss):
             validate(run, held_out)
     if args.gen_every and step % args.gen_every == 0:
         say(f"\nsample at step {step}: {sample_of(run, random.Random(step))}")
-    if step < args.steps and (step % args.save_every == 0 or time.perf_counter() > run.saved_at + 600):
+    due = step % args.save_every == 0 or time.perf_counter() > run.saved_at + 600
+    if args.save and due and step < args.steps:
         try:
             run.save()
         except UserError as error:  # the disk is full, for example; the next try may succeed
@@ -1987,14 +1995,16 @@ def resume(run, args, given, corpus):
     """Let a run go on with new settings. Refuse those that would make it another run."""
     old, run.args, path = run.args, args, args.resume
     more_steps = run.step < args.steps
-    fine_tuning = "corpus" in given and args.corpus != old.corpus and is_another(run.corpus, corpus)
+    fine_tuning = args.corpus != old.corpus and is_another(run.corpus, corpus)
+    if run.corpus is None and "corpus" not in given:  # an earlier version saved it
+        fine_tuning = False
     new_split = args.seed != old.seed or args.val_fraction != old.val_fraction
     changed = [name.replace("_", "-") for name in FIXED if getattr(args, name) != getattr(old, name)]
     refuse(changed, f"{path} was made with another --{' --'.join(changed)}")
     if fine_tuning:
         refuse(not more_steps, f"{path} has made its {run.step} steps; --steps must be larger")
         refuse(same_file(args.save, path), "a new --corpus needs a new --save, too")
-    elif more_steps:
+    elif corpus:
         refuse(new_split, "another --seed or --val-fraction would change what is held out")
     if args.seed != old.seed:
         run.rng.seed(args.seed)
@@ -2047,7 +2057,7 @@ def train_and_keep(run, docs, held_out, signals):
     try:
         train(run, docs, held_out, workers, signals)
     except (RuntimeError, OSError, MemoryError):
-        if run.step > first:
+        if args.save and run.step > first:
             run.save()
         if not signals.caught:  # a signal can kill a worker, too
             raise
@@ -2082,9 +2092,16 @@ def learn(docs, **settings):
     args = FLAGS.parse_args(as_argv(settings))
     check(args)
     docs = ["\n".join(docs)] if args.stream else list(docs)
+    corpus = facts_about(docs, ["a list of strings"])
     docs, held_out = split(docs, args)
-    run = new_run(args, docs, held_out, random.Random(args.seed))
-    train_and_keep(run, *tokenize(run, docs, held_out), Signals())
+    run, signals = new_run(args, docs, held_out, random.Random(args.seed)), Signals()
+    run.corpus = corpus
+    check_texts(run, args)
+    try:
+        signals.start()
+        train_and_keep(run, *tokenize(run, docs, held_out), signals)
+    finally:
+        signals.end(ignore=False)
     say("")  # ends the line of the last loss
     return run
 
@@ -2158,7 +2175,7 @@ def is_taken(name, path, end=""):
     if path is None:
         return False
     target = os.path.realpath(path)
-    good = path and path.endswith(end) and os.access(os.path.dirname(target), os.W_OK)
+    good = os.path.basename(path) and path.endswith(end) and os.access(os.path.dirname(target), os.W_OK)
     wanted = f"a file *{end}" if end else "a file"
     refuse(not good, f"--{name} needs {wanted} in a writable folder, not {path!r}")
     with reporting(f"cannot write {path}"):
@@ -2257,12 +2274,12 @@ def main(argv=(), ends=False):
             gc.enable()
 
 if __name__ == "__main__":
-    alone = sys.stdout is sys.__stdout__  # not so in IDLE and in notebooks
     for name in "stdout", "stderr":
         stream = getattr(sys, name) or open(os.devnull, "w")  # None: closed from the start
         setattr(sys, name, stream)
-        if alone:
+        if stream is getattr(sys, f"__{name}__"):  # not so in IDLE and in notebooks
             stream.reconfigure(errors="backslashreplace")  # the terminal may be unable to show a character
+    alone = sys._getframe().f_back is None and not sys.flags.interactive  # nothing runs after this
     exit_status = main(sys.argv[1:] if "__file__" in globals() else (), ends=alone)  # a cell has no __file__
     if exit_status:
         sys.exit(exit_status)

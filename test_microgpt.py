@@ -2051,10 +2051,27 @@ class TestLibrary(Test):
             ("from 1 to 4 tokens, not", lambda: run.probabilities("annaa")),
             ("from 1 to 4 tokens, not", lambda: run.probabilities("emmaemma")),
             ("without 'z'", lambda: run.generate("z")), ("stepz", lambda: self.learned(stepz=5)),
-            ("--lr", lambda: self.learned(lr=-1)),
+            ("--lr", lambda: self.learned(lr=-1)), ("without 'z'", lambda: self.learned(prompt="z")),
+            ("no corpus", lambda: self.learned(resume="run")), ("needs a path", run.save),
         ):
             with self.assertRaisesRegex(microgpt.UserError, pattern):
                 wrong()
+
+    def test_ctrl_c_lets_the_step_end_and_saves_it(self):
+        def interrupt(run, *_):
+            if run.step == 4:
+                signal.raise_signal(signal.SIGINT)
+        before = signal.getsignal(signal.SIGINT)
+        with unittest.mock.patch.object(microgpt, "show_progress", interrupt):
+            self.assertRaises(KeyboardInterrupt, self.learned, save="run")
+        self.assertEqual((microgpt.load("run").step, signal.getsignal(signal.SIGINT)), (5, before))
+
+    def test_its_run_goes_on_with_the_same_texts_or_in_another_file(self):
+        self.learned(save="run")
+        self.assertRefused(2, "a new --save", "--resume run --steps 30")  # with input.txt
+        self.file("docs.txt", "\n".join(self.DOCS))
+        self.printed("--resume run --steps 30 --samples 0 --corpus docs.txt")
+        self.assertEqual(self.metadata()["step"], 30)
 
 # 20. The command line -------------------------------------------------------------------------------------
 
@@ -2110,6 +2127,7 @@ REFUSALS = [  # status, pattern of the one line of error, flags
       for more in ("", "--save run", "--save ./run")],
     (2, "run has made its 3 steps; --steps", "--resume run --corpus other.txt --save new"),
     (2, "run was made with another --stream$", "--resume run --stream"),
+    (2, "another .*--val-fraction.*held out", "--resume run --val-fraction 0.5"),
     *[(2, f"run was made with another --{flag.split()[0]}$", f"{AGAIN} --{flag}")
       for flag in ("n-layer 2", "n-embd 32", "n-head 2", "block-size 8", "arch gpt2", "merges 5")],
     *[(2, f"another .*--{flags.split()[0]}.*held out", f"{AGAIN} --{flags}")
@@ -2278,6 +2296,13 @@ class TestNotebook(Test):
         status, out, errors = self.cell(self.paste)
         self.assertEqual((status, out), (1, ""))
         self.assertRegex(errors, r"^microgpt: error: cannot read [^\n]*input\.txt: No such file [^\n]*\n$")
+
+    def test_a_session_in_a_terminal_keeps_its_ctrl_c(self):
+        code = ("import runpy, signal, sys\nsys.argv = ['', '--heads', '3']\n"
+                f"try: runpy.run_path({SCRIPT!r}, run_name='__main__')\nexcept SystemExit: pass\n"
+                "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)")
+        got = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.assertEqual(got.stdout.split(), [b"True"], got.stderr)
 
     def test_a_window_of_idle_gets_lines_and_no_codes(self):
         with unittest.mock.patch.dict(sys.modules, idlelib=types.ModuleType("idlelib")):
