@@ -912,13 +912,13 @@ class VulkanTensor(FastTensor):
 ENGINES = {"scalar": Matrix, "tensor": FastTensor, "vulkan": VulkanTensor}
 
 # 13. All the cores ----------------------------------------------------------------------------------------
-# Python usually runs one thread at a time, so we split a batch (--batch-size, in part three) among processes,
-# the workers. At each step, every worker gets the weights and a share of the batch through a pipe, and sends
-# back the loss and the gradients of its share. Only this process moves the weights. The loss of the batch is
-# the mean over all predictions: a loss of 2 over 6 predictions and one of 3 over 4 make 0.6 * 2 + 0.4 * 3 =
-# 2.4. The gradients are averaged likewise. A worker begins as a copy of this process (fork) or, if fork is
-# unsafe or missing, as a new Python that imports this file. If this process ends, the pipes close, and the
-# workers end, too.
+# Python usually runs one thread at a time, so we split a batch (--batch-size, in part three) among processes:
+# this one and its workers. At each step, every worker gets the weights and a share of the batch through a
+# pipe, and sends back the loss and the gradients of its share. Meanwhile, this process works on a share of
+# its own. The loss of the batch is the mean over all predictions: a loss of 2 over 6 predictions and one of 3
+# over 4 make 0.6 * 2 + 0.4 * 3 = 2.4. The gradients are averaged likewise. A worker begins as a copy of this
+# process (fork) or, if fork is unsafe or missing, as a new Python that imports this file. If this process
+# ends, the pipes close, and the workers end, too.
 
 # Ctrl-C and other signals ask a program to stop, and may reach the workers, too. Workers ignore them, so that
 # this process can finish its step. (No system has all of these signals.)
@@ -940,25 +940,35 @@ def signals_wait(context):
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
+def predictions(batch): return sum(len(tokens) - 1 for tokens in batch)  # nothing predicts a first token
+
+def scaled(grads, factor):
+    """Return the gradients times a factor."""
+    return {name: [[g * factor for g in row] for row in rows] for name, rows in grads.items()}
+
+def part_of(model, weights, share, batch_size, engine):
+    """Return what a share of a batch of so many predictions adds to the loss and the gradients."""
+    part = predictions(share) / batch_size
+    loss, grads = loss_and_grads(model, weights, share, engine)
+    return part * loss, scaled(grads, part)
+
 def work(pipe, parent_ends, engine):
-    """Answer each (model, weights, batch) from the pipe with its loss and gradients, or with an error."""
+    """Answer the arguments that come through the pipe with what part_of returns, or with an error."""
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)  # only the parent handles signals
     for end in parent_ends:
         end.close()  # fork copied them; recv fails, and so this worker ends, only when all copies are closed
     with suppress(EOFError, OSError):  # the parent has ended
         while True:
-            model, weights, batch = pipe.recv()
+            arguments = pipe.recv()
             try:
-                answer = loss_and_grads(model, weights, batch, engine)
+                answer = part_of(*arguments, engine)
             except Exception as error:
                 answer = error
             pipe.send(answer)
 
-def predictions(batch): return sum(len(tokens) - 1 for tokens in batch)  # nothing predicts a first token
-
 class Workers:
-    """Processes that share the work of loss_and_grads. If n is 1, there are none."""
+    """Processes that share the work of loss_and_grads: this one, and n - 1 workers."""
     def __init__(self, n, engine):
         self.engine, self.processes, self.pipes = engine, [], []
         if n == 1:
@@ -967,7 +977,7 @@ class Workers:
             "fork" if sys.platform == "linux" and engine is not VulkanTensor else "spawn")
         try:
             with reporting("cannot start the workers"), signals_wait(context):
-                for _ in range(n):
+                for _ in range(n - 1):
                     here, there = context.Pipe()
                     self.pipes.append(here)
                     parent_ends = self.pipes if context.get_start_method() == "fork" else []
@@ -984,19 +994,19 @@ class Workers:
         dies."""
         if not self.pipes:
             return loss_and_grads(model, weights, batch, self.engine)
-        n, loss, grads = len(self.pipes), 0.0, zeros(weights)
-        shares = [batch[i::n] for i in range(n)]
+        n, size = len(self.pipes) + 1, predictions(batch)
+        own, *others = [batch[i::n] for i in range(n)]  # shares
         try:
-            for pipe, share in zip(self.pipes, shares):
-                pipe.send((model, weights, share))
-            for pipe, share in zip(self.pipes, shares):
+            for pipe, share in zip(self.pipes, others):
+                pipe.send((model, weights, share, size))
+            loss, grads = part_of(model, weights, own, size, self.engine)
+            for pipe in self.pipes:
                 answer = pipe.recv()
                 if isinstance(answer, Exception):
                     raise answer
-                part = predictions(share) / predictions(batch)
-                loss += part * answer[0]
+                loss += answer[0]
                 for row, other in rows_of(grads, answer[1]):
-                    row[:] = [a + part * b for a, b in zip(row, other)]
+                    row[:] = map(add, row, other)
         except (EOFError, OSError):
             raise UserError("a worker has died") from None
         return loss, grads
@@ -1173,8 +1183,7 @@ def norm(grads):
 
 def clip(grads, limit):
     """Return the gradients, scaled down if their norm exceeds the limit: no odd batch may outweigh many."""
-    scale = limit / max(norm(grads), limit)
-    return {name: [[g * scale for g in row] for row in rows] for name, rows in grads.items()}
+    return scaled(grads, limit / max(norm(grads), limit))
 
 # 16. Sampling ---------------------------------------------------------------------------------------------
 # Section 7 draws from all tokens. Two flags make sampling more careful. With --temperature 0, we take the
