@@ -946,9 +946,9 @@ def scaled(grads, factor):
     """Return the gradients times a factor."""
     return {name: [[g * factor for g in row] for row in rows] for name, rows in grads.items()}
 
-def part_of(model, weights, share, batch_size, engine):
-    """Return what a share of a batch of so many predictions adds to the loss and the gradients."""
-    part = predictions(share) / batch_size
+def part_of(model, weights, share, total, engine):
+    """Return what a share adds to the loss and the gradients of a batch, which has `total` predictions."""
+    part = predictions(share) / total
     loss, grads = loss_and_grads(model, weights, share, engine)
     return part * loss, scaled(grads, part)
 
@@ -994,12 +994,12 @@ class Workers:
         dies."""
         if not self.pipes:
             return loss_and_grads(model, weights, batch, self.engine)
-        n, size = len(self.pipes) + 1, predictions(batch)
+        n, total = len(self.pipes) + 1, predictions(batch)
         own, *others = [batch[i::n] for i in range(n)]  # shares
         try:
             for pipe, share in zip(self.pipes, others):
-                pipe.send((model, weights, share, size))
-            loss, grads = part_of(model, weights, own, size, self.engine)
+                pipe.send((model, weights, share, total))
+            loss, grads = part_of(model, weights, own, total, self.engine)
             for pipe in self.pipes:
                 answer = pipe.recv()
                 if isinstance(answer, Exception):
