@@ -480,11 +480,11 @@ from operator import add, mul
 # comment above each operation derives its rule. The names, arguments, and (up to rounding) numbers are those
 # of part one, so a model works with either kind of matrix.
 #
-# In the product A B of two matrices, each number is the dot product of a row of A and a column of B. Below,
-# matmul takes the rows of A and the columns of B, so A B is matmul(a, transpose(b)). W^T, the transpose of W,
-# has the columns of W as rows. So linear, the dot products of the rows of X and the rows of W, is X W^T, or
-# matmul(x, w). We write Y for the result, g for its gradient, dX for the gradient of X, and x, y for single
-# rows.
+# In the product A B of two matrices, each number is the dot product of a row of A and a column of B. W^T, the
+# transpose of W, has the columns of W as rows. Below, matmul takes the rows of A and the columns of B, which
+# are the rows of B^T. So A B is matmul(a, transpose(b)), and A B^T is matmul(a, b). As linear makes the dot
+# products of the rows of X and the rows of W, it is X W^T, or matmul(x, w). We write Y for the result, g for
+# its gradient, dX for the gradient of X, and x, y for single rows.
 
 sumprod = getattr(math, "sumprod", lambda a, b: sum(map(mul, a, b)))  # math has it from Python 3.12 on
 
@@ -543,7 +543,7 @@ class Tensor:
     def grad(self, grad): self.received = grad
 
     @staticmethod
-    def matmul(rows, columns, mask=None):  # mask: see section 10
+    def matmul(rows, columns, mask=None):  # mask: only for section 10; ignored here
         """Return the product of two matrices, the first given by its rows and the second by its columns."""
         return [[sumprod(row, column) for column in columns] for row in rows]
 
@@ -606,12 +606,12 @@ class Tensor:
     #
     #     S = Q K^T    P = softmax of each row of S    Y = P V
     #
-    # In Y = P V, V is what W^T is in Y = X W^T. So dX = g W becomes dP = g V^T, and dW = g^T X becomes
-    # (dV)^T = g^T P, or dV = P^T g, as (A B)^T = B^T A^T. For the softmax, raise s[i] by a small h. This
-    # multiplies e^s[i] by about 1 + h, and the sum by 1 + h p[i]. So p[i] gains h p[i], and every p[j],
-    # including p[i], loses h p[i] p[j]. A change of p[j] changes the loss by dp[j] times as much. Added up
-    # and divided by h: ds[i] = p[i] (dp[i] - p.dp). Then dQ = dS K and dK = dS^T Q, as in linear, and the
-    # queries get dQ / sqrt(size). The rule assumes an empty cache, as in training.
+    # Y = P V is Y = X W^T with X = P and W = V^T. So dX = g W becomes dP = g V^T. And dW = g^T X becomes g^T
+    # P, the gradient of V^T. Its transpose is dV = P^T g, as (A B)^T = B^T A^T. For the softmax, raise s[i]
+    # by a small h. This multiplies e^s[i] by about 1 + h, and the sum by 1 + h p[i]. So p[i] gains h p[i],
+    # and every p[j], including p[i], loses h p[i] p[j]. A change of p[j] changes the loss by dp[j] times as
+    # much. Added up and divided by h: ds[i] = p[i] (dp[i] - p.dp). Then dQ = dS K and dK = dS^T Q, as in
+    # linear, and the queries get dQ / sqrt(size). The rule assumes an empty cache, as in training.
     @staticmethod
     def softmax(s):
         """Return P from S. Each row gives 0 to the rows after it, which it must not see."""
@@ -921,13 +921,13 @@ ENGINES = {"scalar": Matrix, "tensor": FastTensor, "vulkan": VulkanTensor}
 # ends, the pipes close, and the workers end, too.
 
 # Ctrl-C and other signals ask a program to stop, and may reach the workers, too. Workers ignore them, so that
-# this process can finish its step. (No system has all of these signals.)
+# this process can finish its step. (No system has all of these signals. You can skip signals_wait.)
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK", "SIGXCPU")
          if hasattr(signal, name)]
 
 @contextmanager
 def signals_wait(context):
-    """Block signals while workers start. The workers inherit the block, so no signal can stop them."""
+    """Hold signals back while workers start: before a worker can ignore signals, one would end it."""
     if not hasattr(signal, "pthread_sigmask"):  # on Windows
         yield
         return
@@ -1965,7 +1965,7 @@ DEFAULTS = vars(FLAGS.parse_args([]))
 
 def given_flags(argv):
     """Return name -> value of the flags on a command line, without defaults."""
-    flags = argparse.Namespace(**dict.fromkeys(DEFAULTS))  # all None; argparse leaves what is there already
+    flags = argparse.Namespace(**dict.fromkeys(DEFAULTS))  # all None; a default is set only where nothing is
     FLAGS.parse_args(argv, flags)
     return {name: value for name, value in vars(flags).items() if value is not None}
 
@@ -1994,9 +1994,11 @@ def default_corpus():
     folder = os.path.dirname(globals().get("__file__", ""))
     return "input.txt" if os.path.exists("input.txt") else os.path.join(folder, "input.txt")
 
-# You may resume a run for more samples, for more steps, or to train on another corpus (fine-tuning), which
-# needs a new file. The matrices keep their sizes. More steps on the same corpus must hold out the same
-# documents, so --seed and --val-fraction stay, too.
+# A run can be resumed for three things. Its matrices always keep their sizes.
+#
+#     more samples                      --seed may change
+#     more steps on the same corpus     --seed and --val-fraction stay, to hold out the same documents
+#     steps on another (fine-tuning)    both may change, but --save must name a new file
 
 FIXED = "n_layer", "n_embd", "n_head", "block_size", "arch", "merges", "stream"
 
@@ -2234,7 +2236,7 @@ def check_texts(run, args):
 #     after step 37    train sees it, and saves the run
 #     then             train_and_keep raises KeyboardInterrupt, as Ctrl-C usually does at once
 #
-# Outside training, or at a second signal, catch raises KeyboardInterrupt at once.
+# Outside training, or at a second Ctrl-C, catch raises KeyboardInterrupt at once.
 
 class Signals:
     """The signals that ask the program to stop. From start() to end(), each of them calls catch()."""
