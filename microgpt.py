@@ -916,9 +916,13 @@ ENGINES = {"scalar": Matrix, "tensor": FastTensor, "vulkan": VulkanTensor}
 # this one and its workers. At each step, every worker gets the weights and a share of the batch through a
 # pipe, and sends back the loss and the gradients of its share. Meanwhile, this process works on a share of
 # its own. The loss of the batch is the mean over all predictions: a loss of 2 over 6 predictions and one of 3
-# over 4 make 0.6 * 2 + 0.4 * 3 = 2.4. The gradients are averaged likewise. A worker begins as a copy of this
-# process (fork) or, if fork is unsafe or missing, as a new Python that imports this file. If this process
-# ends, the pipes close, and the workers end, too.
+# over 4 make 0.6 * 2 + 0.4 * 3 = 2.4. The gradients are averaged likewise.
+#
+# A worker begins as a copy of this process (fork) or, if fork is missing or unsafe (the copy of a process
+# that uses a GPU or threads may hang), as a new Python that imports this file (spawn). It waits in recv for
+# the next message. If this process ends, its end of the pipe closes, recv fails, and the worker ends, too.
+# But an end counts as closed only when nobody holds a copy of it, and fork copies all ends that are open at
+# that moment. So a forked worker first closes its copies of our ends (parent_ends).
 
 # Ctrl-C and other signals ask a program to stop, and may reach the workers, too. Workers ignore them, so that
 # this process can finish its step. (No system has all of these signals. You can skip signals_wait.)
@@ -957,7 +961,7 @@ def work(pipe, parent_ends, engine):
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)  # only the parent handles signals
     for end in parent_ends:
-        end.close()  # fork copied them; recv fails, and so this worker ends, only when all copies are closed
+        end.close()  # the copies that fork made
     with suppress(EOFError, OSError):  # the parent has ended
         while True:
             arguments = pipe.recv()
@@ -1999,6 +2003,9 @@ def default_corpus():
 #     more samples                      --seed may change
 #     more steps on the same corpus     --seed and --val-fraction stay, to hold out the same documents
 #     steps on another (fine-tuning)    both may change, but --save must name a new file
+#
+# Tomorrow's command is the second kind: more_steps is true, fine_tuning and new_split are false, and nothing
+# is refused.
 
 FIXED = "n_layer", "n_embd", "n_head", "block_size", "arch", "merges", "stream"
 
@@ -2182,7 +2189,7 @@ def check_files(args):
             refuse(begin not in (b"", start), f"--{name} would replace {path}, which holds something else")
 
 def is_taken(name, path, end=""):
-    """Return whether there is a file at the path of a flag. Refuse a path where no file can be written."""
+    """Refuse a path where no file can be written. Otherwise, return whether a file is there already."""
     if path is None:
         return False
     target = os.path.realpath(path)
@@ -2278,7 +2285,6 @@ def main(argv=(), ends=False):
         status = execute(argv, signals)
         return status
     finally:
-        # If the process is about to end with an error, a late Ctrl-C must not print a traceback.
         signals.end(ignore=ends and status)
         tape.clear()
         if collects:
@@ -2290,7 +2296,11 @@ if __name__ == "__main__":
         setattr(sys, name, stream)
         if stream is getattr(sys, f"__{name}__"):  # not so in IDLE and in notebooks
             stream.reconfigure(errors="backslashreplace")  # the terminal may be unable to show a character
-    alone = sys._getframe().f_back is None and not sys.flags.interactive  # nothing runs after this
+    # Does anything run after main? Code that was called has a caller, f_back: in a notebook, the notebook.
+    # After python microgpt.py, there is none, and the process ends (unless python -i waits for input). Then,
+    # after an error, main leaves signals ignored, so that a late Ctrl-C cannot print a traceback under our
+    # message.
+    alone = sys._getframe().f_back is None and not sys.flags.interactive
     exit_status = main(sys.argv[1:] if "__file__" in globals() else (), ends=alone)  # a cell has no __file__
     if exit_status:
         sys.exit(exit_status)
