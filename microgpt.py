@@ -912,11 +912,15 @@ class VulkanTensor(FastTensor):
 ENGINES = {"scalar": Matrix, "tensor": FastTensor, "vulkan": VulkanTensor}
 
 # 13. All the cores ----------------------------------------------------------------------------------------
-# Python usually runs one thread at a time, so we split a batch (--batch-size, in part three) among processes:
-# this one and its workers. At each step, every worker gets the weights and a share of the batch through a
-# pipe, and sends back the loss and the gradients of its share. Meanwhile, this process works on a share of
-# its own. The loss of the batch is the mean over all predictions: a loss of 2 over 6 predictions and one of 3
-# over 4 make 0.6 * 2 + 0.4 * 3 = 2.4. The gradients are averaged likewise.
+# A Python program usually keeps only one core busy, so we split a batch (--batch-size, in part three) among
+# processes: this one and its workers. A process is a running program with memory of its own, so a worker
+# cannot see our variables. A pipe connects two processes. It has two ends: here.send(x) puts a copy of x in
+# at ours, there.recv() waits for it and takes it out at the worker's, and likewise in the other direction.
+#
+# At each step, every worker gets the weights and a share of the batch, and sends back the loss and the
+# gradients of its share. Meanwhile, this process works on a share of its own. The loss of the batch is the
+# mean over all predictions: a loss of 2 over 6 predictions and one of 3 over 4 make 0.6 * 2 + 0.4 * 3 = 2.4.
+# The gradients are averaged likewise.
 #
 # A worker begins as a copy of this process (fork) or, if fork is missing or unsafe (the copy of a process
 # that uses a GPU or threads may hang), as a new Python that imports this file (spawn). It waits in recv for
@@ -931,7 +935,7 @@ STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGB
 
 @contextmanager
 def signals_wait(context):
-    """Hold signals back while workers start: before a worker can ignore signals, one would end it."""
+    """Hold signals back while workers start, since a signal would end a worker that cannot ignore it yet."""
     if not hasattr(signal, "pthread_sigmask"):  # on Windows
         yield
         return
@@ -988,7 +992,7 @@ class Workers:
                     process = context.Process(target=work, args=(there, parent_ends, engine), daemon=True)
                     process.start()  # daemon: Python does not wait for it at the end
                     self.processes.append(process)
-                    there.close()
+                    there.close()  # now only the worker holds it: if the worker dies, our recv fails
         except BaseException:
             self.stop()
             raise
@@ -1969,7 +1973,7 @@ DEFAULTS = vars(FLAGS.parse_args([]))
 
 def given_flags(argv):
     """Return name -> value of the flags on a command line, without defaults."""
-    flags = argparse.Namespace(**dict.fromkeys(DEFAULTS))  # all None; a default is set only where nothing is
+    flags = argparse.Namespace(**dict.fromkeys(DEFAULTS))  # names that are there, as None, get no defaults
     FLAGS.parse_args(argv, flags)
     return {name: value for name, value in vars(flags).items() if value is not None}
 
@@ -2022,7 +2026,7 @@ def resume(run, args, given, corpus):
     if fine_tuning:
         refuse(not more_steps, f"{path} has made its {run.step} steps; --steps must be larger")
         refuse(same_file(args.save, path), "a new --corpus needs a new --save, too")
-    elif corpus:
+    elif corpus:  # more steps on the same one
         refuse(new_split, "another --seed or --val-fraction would change what is held out")
     if args.seed != old.seed:
         run.rng.seed(args.seed)
@@ -2138,7 +2142,10 @@ def learn(docs, **settings):
 # Ctrl-C is signal 2, so the status is 130.
 #
 # File errors have become UserErrors by then (by reporting, section 12). So an OSError is about standard
-# output. In python microgpt.py | head -1, head stops reading early, and report prints nothing.
+# output, to which print writes: the terminal, a file, or a pipe to another program. In python microgpt.py |
+# head -1, head shows one line and ends. Now nobody holds the other end of our pipe, so a later print raises
+# BrokenPipeError. Nothing is wrong, and report prints nothing. Open files have numbers (1 is standard output,
+# 2 standard error), and os.dup2(a, b) makes number b stand for the file of number a.
 
 def report(error, run, caught):
     """Say in one line why a command ended early, and what is saved. Return the exit status."""
