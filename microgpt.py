@@ -1973,7 +1973,8 @@ DEFAULTS = vars(FLAGS.parse_args([]))
 
 def given_flags(argv):
     """Return name -> value of the flags on a command line, without defaults."""
-    flags = argparse.Namespace(**dict.fromkeys(DEFAULTS))  # names that are there, as None, get no defaults
+    # argparse gives a default only to a name that the object lacks, and None counts as a value.
+    flags = argparse.Namespace(**dict.fromkeys(DEFAULTS))
     FLAGS.parse_args(argv, flags)
     return {name: value for name, value in vars(flags).items() if value is not None}
 
@@ -2144,8 +2145,10 @@ def learn(docs, **settings):
 # File errors have become UserErrors by then (by reporting, section 12). So an OSError is about standard
 # output, to which print writes: the terminal, a file, or a pipe to another program. In python microgpt.py |
 # head -1, head shows one line and ends. Now nobody holds the other end of our pipe, so a later print raises
-# BrokenPipeError. Nothing is wrong, and report prints nothing. Open files have numbers (1 is standard output,
-# 2 standard error), and os.dup2(a, b) makes number b stand for the file of number a.
+# BrokenPipeError. Nothing is wrong, and report prints nothing. But print gathers text in memory, and on exit,
+# Python writes what is still there, which would fail again. So report sends it to os.devnull, a file that
+# swallows everything: the system knows open files by numbers (1 is standard output, 2 standard error), and
+# os.dup2(a, b) makes number b stand for the file of number a.
 
 def report(error, run, caught):
     """Say in one line why a command ended early, and what is saved. Return the exit status."""
@@ -2154,7 +2157,6 @@ def report(error, run, caught):
         message, status = "interrupted", 128 + (caught or 2)
     elif isinstance(error, OSError):
         message = f"error: cannot write the output: {reason(error)}"
-        # On exit, Python tries again to write what is left. Let it go to the null device instead.
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
