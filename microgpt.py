@@ -2245,8 +2245,11 @@ def check_texts(run, args):
         ids = run.encode(args.explain) + run.boundary
         refuse(len(ids) < 2, "--explain needs at least two tokens")
 
-# When you press Ctrl-C, Python calls a function of ours, wherever the program is. In the middle of a step,
-# some weights have moved, and others have not. So in training, our function, catch, only records the signal:
+# A signal is a number that the system sends to a process: SIGINT (2) when you press Ctrl-C, SIGTERM from the
+# command kill, SIGHUP when the terminal closes. Python then calls a function, the signal's handler, wherever
+# the program is, and goes on afterward, unless it raises. (The handler SIG_IGN ignores the signal.) In the
+# middle of a step, some weights have moved, and others have not. So in training, our handler, catch, only
+# records the signal:
 #
 #     in step 37       catch sets caught = 2
 #     after step 37    train sees it, and saves the run
