@@ -1632,11 +1632,11 @@ def load_corpus(args, rng):
     docs = [text]
     if not args.stream:
         docs = [line.strip() for line in text.split("\n") if line.strip()]
-    facts = facts_about(docs, args.corpus)
+    facts = corpus_facts(docs, args.corpus)
     rng.shuffle(docs)
     return docs, facts
 
-def facts_about(docs, paths):
+def corpus_facts(docs, paths):
     """Return what a Run keeps of its corpus, so that it knows the corpus again."""
     digest = hashlib.sha256("\n".join(docs).encode()).hexdigest()
     return {"paths": paths, "documents": len(docs), "sha256": digest}
@@ -2115,7 +2115,7 @@ def learn(docs, **settings):
     args = FLAGS.parse_args(as_argv(settings))
     check(args)
     docs = ["\n".join(docs)] if args.stream else list(docs)
-    corpus = facts_about(docs, ["a list of strings"])
+    corpus = corpus_facts(docs, ["a list of strings"])
     docs, held_out = split(docs, args)
     run, signals = new_run(args, docs, held_out, random.Random(args.seed)), Signals()
     run.corpus = corpus
